@@ -1,0 +1,87 @@
+# A fresh machine needs only make and a Python >= 3.11 with venv: every target builds .venv first when it is missing or
+# out of date. PYTHON=python3.12 picks the interpreter, PIP_ARGS="..." reaches every pip install.
+
+PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11 python3.14,\
+  $(shell $(p) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(p))))
+PIP_ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
+
+# -- make demo: one Hydra multirun, then the table and the figure of what it measured
+DEMO_RUNS := multirun/demo
+DEMO_TRAIN = lrsa-train -m experiment=demo
+DEMO_TABLE = lrsa-table study=demo records=[$(DEMO_RUNS)] output=$(DEMO_RUNS)
+
+# -- make test
+PYTEST = $(BIN)/python -m pytest -n 2
+
+# -- make bundle
+PYTHON_VERSION ?= 3.12
+PLATFORM ?= manylinux_2_28_x86_64
+BUNDLE ?= dist/bundle
+HAVE ?=
+MODEL ?=
+DATA ?=
+EXTRAS ?=
+SPLIT_MB ?=
+
+.PHONY: help venv demo test test-slow check format model bundle clean
+
+help:
+	@echo 'make demo        post-train a small model with and without LRSA, print the table (CPU, no network needed once installed)'
+	@echo 'make test        tests, without the slow ones'
+	@echo 'make test-slow   the slow tests alone'
+	@echo 'make check       ruff, mypy, import order'
+	@echo 'make format      let ruff rewrite the sources'
+	@echo 'make model       SmolLM2-135M-Instruct into models/'
+	@echo 'make bundle      what a node without a network needs, in one folder:'
+	@echo '                 [PYTHON_VERSION=3.12] [PLATFORM=manylinux_2_28_x86_64] [HAVE=pip-list.txt] [EXTRAS=cuda]'
+	@echo '                 [MODEL=smollm2] [DATA="folder ..."] [SPLIT_MB=60] [BUNDLE=dist/bundle]'
+	@echo 'make venv        .venv alone; PYTHON=python3.12 picks the interpreter'
+
+venv: $(STAMP)
+
+# torch first and alone: it is most of the download, and a failure there should say so.
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo 'error: no Python >= 3.11 found; name one: make $(MAKECMDGOALS) PYTHON=/path/to/python3' >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"error: Python >= 3.11 is needed, {sys.executable} is {v[0]}.{v[1]}")'
+	@test -x $(BIN)/python || { echo '[1/3] creating $(VENV) with $(PYTHON)'; $(PYTHON) -m venv $(VENV) || \
+	  { echo 'error: `$(PYTHON) -m venv` failed; on Debian and Ubuntu: apt install python3-venv' >&2; rm -rf $(VENV); exit 1; }; }
+	@echo '[2/3] installing torch'
+	@$(PIP_INSTALL) torch
+	@echo '[3/3] installing lrsa and the rest (about a minute)'
+	@$(PIP_INSTALL) -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP)
+	HF_HUB_OFFLINE=1 WANDB_MODE=offline $(BIN)/$(DEMO_TRAIN)
+	$(BIN)/$(DEMO_TABLE)
+
+test: $(STAMP)
+	$(PYTEST) -m 'not slow'
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_architecture.py
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+model: $(STAMP)
+	$(BIN)/python -m lrsa.bundle.smollm2 models/SmolLM2-135M-Instruct
+
+bundle: $(STAMP)
+	$(BIN)/python -m lrsa.bundle --python-version '$(PYTHON_VERSION)' --platform '$(PLATFORM)' --output '$(BUNDLE)' \
+	  $(if $(HAVE),--have '$(HAVE)') $(if $(EXTRAS),--extras '$(EXTRAS)') $(if $(MODEL),--model '$(MODEL)') \
+	  $(if $(DATA),--data $(DATA)) $(if $(SPLIT_MB),--split-mb $(SPLIT_MB))
+
+clean:
+	rm -rf $(VENV) dist build .mypy_cache .pytest_cache .ruff_cache
