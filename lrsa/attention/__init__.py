@@ -1,0 +1,21 @@
+"""Query, key, value -> output: the attention of LRSA and of its rivals.
+
+`api` validates and dispatches; `config` and `layout` fix the function; `scorers` rank, `selection` picks; `reference`,
+`gather` and `flex` compute it; `documents` handles padding and packing; `huggingface` is the bridge to transformers.
+"""
+
+from lrsa.attention.api import BACKENDS, kept_tokens, slots, sparse_attention, visibility_mask
+from lrsa.attention.config import DENSE, SparseAttentionConfig, from_conf
+from lrsa.attention.selection import checkpoint_contexts
+
+__all__ = [
+    "BACKENDS",
+    "DENSE",
+    "SparseAttentionConfig",
+    "checkpoint_contexts",
+    "from_conf",
+    "kept_tokens",
+    "slots",
+    "sparse_attention",
+    "visibility_mask",
+]

@@ -1,0 +1,176 @@
+"""Sparse attention on tensors: validates, dispatches to a backend.
+
+B batch, Hq query heads, H key/value heads (Hq a multiple of H), T tokens, D head dimension.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor
+
+from lrsa.attention import flex, gather, reference
+from lrsa.attention.config import SparseAttentionConfig
+from lrsa.attention.documents import PAD, per_document
+from lrsa.attention.layout import Geometry
+from lrsa.attention.selection import kept_index, kept_mask, select
+
+log = logging.getLogger(__name__)
+BACKENDS = ("auto", "reference", "gather", "flex")
+
+
+def sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    config: SparseAttentionConfig,
+    *,
+    kept: Tensor | None = None,
+    layer_idx: int = 0,
+    document_ids: Tensor | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Causal attention in which old partitions show only their kept tokens (LRSA, arXiv 2506.11498).
+
+    Args:
+        query: ``[B, Hq, T, D]``, after RoPE, any floating dtype.
+        key, value: ``[B, H, T, D]``, the keys after RoPE.
+        config: the function; the backends compute the same one to rounding.
+        kept: bool ``[B, H, T]`` as `kept_tokens` returns it, to skip the selection.
+        layer_idx: read by scorers that depend on the layer, and matched against ``config.dense_layers``.
+        document_ids: int ``[B, T]``, -1 for a pad; None: each row is one document. Padding and packing alike.
+        scale: of the logits; 1/sqrt(D) by default.
+        backend: ``reference`` (mask form, O(T^2) memory), ``gather`` (chunked SDPA, any device), ``flex``
+            (FlexAttention, CUDA), or ``auto``.
+
+    Returns:
+        ``[B, Hq, T, D]`` in ``query``'s dtype; zeros at pads.
+
+    Raises:
+        ValueError: shapes or devices that do not fit, an unknown backend, or one that cannot run here and why.
+    """
+    _check(query, key, value, kept, document_ids)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    backend = choose_backend(backend, query, document_ids)
+    layer = config.for_layer(layer_idx)
+    if backend == "reference":
+        if kept is None:
+            kept = kept_tokens(
+                key, value, config, query=query, layer_idx=layer_idx, document_ids=document_ids, scale=scale
+            )
+        if layer is None:
+            kept = torch.ones_like(kept)
+        mask = reference.visible(kept, config.geometry, document_ids)
+        return reference.attend(query, key, value, mask, scale)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, kept: Tensor | None) -> Tensor:
+        tokens = query.shape[2]
+        partitions = 0 if layer is None else config.geometry.selected_partitions(tokens)
+        if partitions == 0:
+            return _dense(query, key, value, scale)
+        if kept is None:
+            index = select(key, value, config, partitions, query=query, layer_idx=layer_idx, scale=scale)
+        else:
+            index = kept_index(kept, config.geometry, partitions)
+        run = flex.attend if backend == "flex" else gather.attend
+        return run(query, key, value, index, config.geometry, scale)
+
+    if document_ids is None:
+        return attend(query, key, value, kept)
+    return per_document(attend, document_ids, query, key, value, kept)
+
+
+def kept_tokens(
+    key: Tensor,
+    value: Tensor,
+    config: SparseAttentionConfig,
+    *,
+    query: Tensor | None = None,
+    layer_idx: int = 0,
+    document_ids: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Which tokens each head still holds once all T were read.
+
+    Args: as `sparse_attention`; ``query`` is needed by scorers that read queries.
+
+    Returns:
+        bool ``[B, H, T]``: True for sinks, kept tokens, and what is not compressed (yet); False for pads.
+    """
+    if document_ids is not None:
+        return per_document(
+            lambda k, v, q: kept_tokens(k, v, config, query=q, layer_idx=layer_idx, scale=scale),
+            document_ids, key, value, query, fill=False,
+        )  # fmt: skip
+    tokens = key.shape[2]
+    geometry = config.geometry
+    partitions = geometry.compressed(tokens) if config.for_layer(layer_idx) else 0
+    index = select(key, value, config, partitions, query=query, layer_idx=layer_idx, scale=scale)
+    return kept_mask(index, tokens, geometry, partitions)
+
+
+def visibility_mask(kept: Tensor, config: SparseAttentionConfig, *, document_ids: Tensor | None = None) -> Tensor:
+    """The oracle: bool ``[B, H, T, T]``, True where query i sees key j, from ``kept`` bool ``[B, H, T]``."""
+    return reference.visible(kept, config.geometry, document_ids)
+
+
+def slots(config: SparseAttentionConfig | None, tokens: int) -> int:
+    """Keys (and values) a head holds after ``tokens`` tokens; ``tokens`` for dense attention (None)."""
+    return tokens if config is None else config.geometry.slots(tokens)
+
+
+def choose_backend(backend: str, query: Tensor, document_ids: Tensor | None = None) -> str:
+    """``auto`` resolved; an explicit backend that cannot run here is an error that says why.
+
+    Raises:
+        ValueError: as said.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} is unknown: choose one of {', '.join(BACKENDS)}")
+    obstacle = flex.obstacle(query)
+    if backend == "flex" and obstacle:
+        raise ValueError(f"backend='flex' cannot run here: {obstacle}; use 'gather' or 'auto'")
+    if backend == "auto":
+        # Each document length would be compiled anew, which costs more than it saves.
+        backend = "gather" if obstacle or document_ids is not None else "flex"
+        log.debug("auto picked %s (%s)", backend, obstacle or "CUDA, one document a row")
+    return backend
+
+
+def _dense(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    return torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+    )
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor, kept: Tensor | None, document_ids: Tensor | None) -> None:
+    if query.ndim != 4 or key.ndim != 4:
+        raise ValueError(f"query and key must be [B, heads, T, D], not {tuple(query.shape)} and {tuple(key.shape)}")
+    batch, heads, tokens, dim = key.shape
+    if value.shape != key.shape:
+        raise ValueError(f"value {tuple(value.shape)} must have key's shape {tuple(key.shape)}")
+    if (query.shape[0], query.shape[2], query.shape[3]) != (batch, tokens, dim):
+        raise ValueError(
+            f"query {tuple(query.shape)} and key {tuple(key.shape)} must agree in all but heads: attention over a cache "
+            "(fewer queries than keys) is not the parallel form"
+        )
+    if query.shape[1] % heads:
+        raise ValueError(f"{query.shape[1]} query heads are not a multiple of {heads} key/value heads")
+    if kept is not None and (kept.shape != key.shape[:3] or kept.dtype != torch.bool):
+        raise ValueError(f"kept must be bool {tuple(key.shape[:3])}, not {kept.dtype} {tuple(kept.shape)}")
+    if document_ids is not None and document_ids.shape != (batch, tokens):
+        raise ValueError(f"document_ids must be [B, T] = {(batch, tokens)}, not {tuple(document_ids.shape)}")
+
+
+__all__ = [
+    "BACKENDS",
+    "PAD",
+    "Geometry",
+    "choose_backend",
+    "kept_tokens",
+    "slots",
+    "sparse_attention",
+    "visibility_mask",
+]

@@ -1,0 +1,146 @@
+"""Parameters of sparse attention: one frozen object that fixes the function, whatever form computes it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+from lrsa.attention.layout import Geometry
+from lrsa.attention.scorers import Scorer, build_scorer
+from lrsa.config import AttentionConf
+
+BUDGETS = ("uniform",)
+SCHEDULES = ("chunked",)
+DEFAULT_KEEP_RATIO = 0.25
+DENSE = "dense"  # the name of full attention among the scorers of a config
+
+
+@dataclass(frozen=True)
+class SparseAttentionConfig:
+    """Which tokens of the past a query sees.
+
+    Args:
+        scorer: registered name of the rule that ranks the tokens of a partition.
+        scorer_args: the rule's own parameters, e.g. ``{"value_weight": 1.0}`` for ``lag_relative``.
+        sink_size: S, first tokens that are always kept.
+        lag_size: L, tokens a partition; a partition is scored against the one after it, its lag.
+        keep_ratio: r in (0, 1]; a compressed partition keeps ``int(r * L)`` tokens. Default 1/4 if ``top_k`` is not given.
+        top_k: K in [0, L], the kept tokens as a count. At most one of ``keep_ratio`` and ``top_k``.
+        chunk_size: C >= 1, tokens between two compressions; L by default, where training, prefill and decode coincide.
+        dense_layers: indices of layers with full attention; negative ones count from the last layer.
+        budget: how the budget is shared over layers and heads.
+        schedule: when partitions are compressed.
+
+    Raises:
+        ValueError: a value out of range or two that contradict each other; the message names them and the fix.
+
+    Source: LagKV (arXiv 2504.04704), LRSA (arXiv 2506.11498).
+    """
+
+    scorer: str = "lag_relative"
+    scorer_args: Mapping[str, Any] = field(default_factory=dict)
+    sink_size: int = 16
+    lag_size: int = 128
+    keep_ratio: float | None = None
+    top_k: int | None = None
+    chunk_size: int | None = None
+    dense_layers: tuple[int, ...] = ()
+    budget: str = "uniform"
+    schedule: str = "chunked"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scorer_args", dict(self.scorer_args))
+        object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
+        for name, least in (("sink_size", 0), ("lag_size", 1), ("chunk_size", 1), ("top_k", 0)):
+            value = getattr(self, name)
+            if value is None and name in ("chunk_size", "top_k"):
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name}={value!r}: give an integer of at least {least}")
+        if self.keep_ratio is not None and self.top_k is not None:
+            raise ValueError(
+                f"keep_ratio={self.keep_ratio} and top_k={self.top_k} both set the tokens kept a partition: "
+                "give one of them and leave the other None"
+            )
+        if self.keep_ratio is not None and not 0 < self.keep_ratio <= 1:
+            raise ValueError(
+                f"keep_ratio={self.keep_ratio} is outside (0, 1]: it is the share of a partition that stays "
+                "(1/4 for 4x compression); to keep nothing, set top_k=0"
+            )
+        if self.top_k is not None and self.top_k > self.lag_size:
+            raise ValueError(
+                f"top_k={self.top_k} is more than lag_size={self.lag_size}, the tokens of a partition: "
+                f"lower top_k to at most {self.lag_size} or raise lag_size"
+            )
+        for name, valid in (("budget", BUDGETS), ("schedule", SCHEDULES)):
+            if getattr(self, name) not in valid:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose one of {', '.join(valid)}")
+        self.build_scorer()  # an unknown scorer or argument fails here, before any forward
+
+    def __hash__(self) -> int:
+        return hash(self.to_json())
+
+    @property
+    def geometry(self) -> Geometry:
+        """The same parameters as plain integers: S, L, K, C."""
+        if self.top_k is not None:
+            kept = self.top_k
+        else:
+            kept = int((DEFAULT_KEEP_RATIO if self.keep_ratio is None else self.keep_ratio) * self.lag_size)
+        return Geometry(sink=self.sink_size, lag=self.lag_size, kept=kept, chunk=self.chunk_size or self.lag_size)
+
+    def build_scorer(self) -> Scorer:
+        return build_scorer(self.scorer, self.scorer_args)
+
+    def for_layer(self, index: int, num_layers: int | None = None) -> SparseAttentionConfig | None:
+        """The config of layer ``index``, or None where that layer attends densely."""
+        return None if index in self.resolved(num_layers).dense_layers else self
+
+    def resolved(self, num_layers: int | None) -> SparseAttentionConfig:
+        """The same config with ``dense_layers`` counted from the first layer.
+
+        Raises:
+            ValueError: an index outside the model, or a negative one when ``num_layers`` is not known.
+        """
+        if not self.dense_layers or (num_layers is None and min(self.dense_layers) >= 0):
+            return self
+        if num_layers is None:
+            raise ValueError(f"dense_layers={self.dense_layers} counts from the last layer: num_layers is needed")
+        for layer in self.dense_layers:
+            if not -num_layers <= layer < num_layers:
+                raise ValueError(f"dense_layers={self.dense_layers}: layer {layer} is not among {num_layers} layers")
+        return replace(self, dense_layers=tuple(layer % num_layers for layer in self.dense_layers))
+
+    def with_compression(self, factor: float) -> SparseAttentionConfig | None:
+        """The same rule at nominal compression ``factor`` (4 for "4x": keep ratio 1/4); None, full attention, at 1."""
+        if factor < 1:
+            raise ValueError(f"compression {factor} is below 1: 4 means that a quarter is kept, 1 the full cache")
+        return None if factor == 1 else replace(self, keep_ratio=1 / factor, top_k=None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as stored in a model's ``config.json`` under ``lrsa``."""
+        return {**asdict(self), "dense_layers": list(self.dense_layers)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SparseAttentionConfig:
+        """Inverse of `to_dict`.
+
+        Raises:
+            ValueError: a key that this version does not know, so that a newer checkpoint is never half-read.
+        """
+        valid = [f.name for f in fields(cls)]
+        unknown = sorted(set(values) - set(valid))
+        if unknown:
+            raise ValueError(f"unknown sparse attention fields {unknown}: the valid ones are {', '.join(valid)}")
+        return cls(**values)
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), sort_keys=True)
+
+
+def from_conf(conf: AttentionConf) -> SparseAttentionConfig | None:
+    """The `attention` config group as a config; None for ``scorer: dense``."""
+    values = {f.name: getattr(conf, f.name) for f in fields(SparseAttentionConfig)}
+    return None if conf.scorer == DENSE else SparseAttentionConfig(**values)

@@ -1,0 +1,103 @@
+"""The parallel form on FlexAttention: one fused kernel a pass, CUDA.
+
+Keys are ``[sinks | kept | pad to a block | raw keys]``. A query's compressed past is a prefix of the buffer and its raw
+band a range of the rest, so the block mask follows from the geometry; it is built block by block, never from a T x T mask.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from lrsa.attention.layout import Geometry
+
+BLOCK = 128
+
+
+def obstacle(query: Tensor) -> str | None:
+    """Why FlexAttention cannot run on this input, or None."""
+    if query.device.type != "cuda":
+        return f"FlexAttention trains on CUDA alone, the tensors are on {query.device.type}"
+    if query.dtype == torch.float64:
+        return "FlexAttention has no float64"
+    if query.shape[-1] < 16:
+        return f"FlexAttention needs a head dimension of at least 16, this is {query.shape[-1]}"
+    return None
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, index: Tensor, geometry: Geometry, scale: float) -> Tensor:
+    """``query [B, Hq, T, D]``, ``key``/``value`` ``[B, H, T, D]``, ``index [B, H, P * K]`` -> ``[B, Hq, T, D]``."""
+    tokens = query.shape[2]
+    padded = -(-tokens // BLOCK) * BLOCK
+    layout = _layout(geometry, padded, geometry.sink + index.shape[-1], query.device)
+
+    def rows(x: Tensor) -> Tensor:
+        kept = x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[-1]))
+        used = geometry.sink + index.shape[-1]
+        gap = x.new_zeros((*x.shape[:2], layout.raw_offset - used, x.shape[-1]))
+        tail = x.new_zeros((*x.shape[:2], padded - tokens, x.shape[-1]))
+        return torch.cat([x[:, :, : geometry.sink], kept, gap, x, tail], 2)
+
+    query = torch.nn.functional.pad(query, (0, 0, 0, padded - tokens))
+    # One compiled kernel a shape: a study has a handful of ratios, more than the default limit of recompilations.
+    with torch._dynamo.config.patch(recompile_limit=256):
+        out = _compiled()(query, rows(key), rows(value), block_mask=layout.mask, scale=scale, enable_gqa=True)
+    return out[:, :, :tokens]
+
+
+@functools.cache
+def _compiled():
+    return torch.compile(flex_attention, dynamic=False)
+
+
+class _Layout:
+    """Where the raw keys start (``raw_offset``), and the block mask."""
+
+    def __init__(self, mask: BlockMask, raw_offset: int) -> None:
+        self.mask, self.raw_offset = mask, raw_offset
+
+
+@functools.lru_cache(maxsize=64)
+def _layout(geometry: Geometry, tokens: int, used: int, device: torch.device) -> _Layout:
+    """``tokens`` a multiple of the block; ``used`` entries of the buffer hold a key."""
+    raw_offset = -(-used // BLOCK) * BLOCK
+    kept_stop = torch.zeros(tokens, dtype=torch.int32)  # a query sees buffer entries [0, kept_stop)
+    raw_start = torch.zeros(tokens, dtype=torch.int32)  # and raw keys [raw_start, its own position]
+    for start, stop, n in geometry.spans(tokens, tokens):
+        if n:
+            kept_stop[start:stop], raw_start[start:stop] = geometry.buffer_size(n), geometry.raw_start(n)
+    # The padded tail may reach chunks whose partitions were never selected: no real query is there.
+    kept_stop.clamp_(max=used)
+
+    per_block = kept_stop.view(-1, BLOCK), raw_start.view(-1, BLOCK)
+    least_kept, most_kept = (f(per_block[0], 1)[:, None] for f in (torch.amin, torch.amax))
+    first_raw, last_raw = (f(per_block[1], 1)[:, None] for f in (torch.amin, torch.amax))
+    first_query = torch.arange(tokens // BLOCK)[:, None] * BLOCK
+    first_key = torch.arange((raw_offset + tokens) // BLOCK)[None] * BLOCK
+    in_buffer = first_key < raw_offset
+    position = first_key - raw_offset  # of a raw block's first key
+    full = torch.where(
+        in_buffer, first_key + BLOCK <= least_kept, (position >= last_raw) & (position + BLOCK - 1 <= first_query)
+    )
+    some = torch.where(
+        in_buffer, first_key < most_kept, (position <= first_query + BLOCK - 1) & (position + BLOCK > first_raw)
+    )
+
+    kept_stop, raw_start = kept_stop.to(device), raw_start.to(device)
+
+    def mask_mod(b, h, q, k):
+        raw = k - raw_offset
+        return torch.where(k < raw_offset, k < kept_stop[q], (raw <= q) & (raw >= raw_start[q]))
+
+    def pack(blocks: Tensor) -> tuple[Tensor, Tensor]:
+        count = blocks.sum(-1).to(torch.int32)
+        order = blocks.to(torch.int8).sort(dim=-1, descending=True, stable=True).indices.to(torch.int32)
+        return count[None, None].to(device), order[None, None].contiguous().to(device)
+
+    mask = BlockMask.from_kv_blocks(
+        *pack(some & ~full), *pack(full), BLOCK_SIZE=BLOCK, mask_mod=mask_mod, seq_lengths=(tokens, raw_offset + tokens)
+    )
+    return _Layout(mask, raw_offset)

@@ -1,0 +1,124 @@
+"""The parallel form on PyTorch's own attention kernels: CPU and any GPU, memory linear in T, backward included.
+
+Kept keys of all partitions form one buffer ``[sinks | kept]``. Queries are cut into spans with the same compressed
+past (`Geometry.spans`); a span of n compressed partitions attends the buffer's first S + nK entries and the raw keys
+from S + nL on, two contiguous ranges. Only the last keys, the span's own, need a causal mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from lrsa.attention.layout import Geometry, Span
+
+# Queries a call. Longer spans are cut, which saves the masked half of their causal square; shorter ones cost launches.
+LONGEST_SPAN = 256
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, index: Tensor, geometry: Geometry, scale: float) -> Tensor:
+    """``query [B, Hq, T, D]``, ``key``/``value`` ``[B, H, T, D]``, ``index [B, H, P * K]`` -> ``[B, Hq, T, D]``."""
+    return _SpanAttention.apply(
+        query, key, value, _buffer(key, index, geometry), _buffer(value, index, geometry), geometry, scale
+    )
+
+
+def _buffer(x: Tensor, index: Tensor, geometry: Geometry) -> Tensor:
+    """``[sinks | kept]``: ``[B, H, S + P * K, D]``."""
+    kept = x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[-1]))
+    return torch.cat([x[:, :, : geometry.sink], kept], 2)
+
+
+class _SpanAttention(torch.autograd.Function):
+    """Span by span. A span's keys are cut again in the backward pass: saving them would take O(T^2) memory."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, key_buffer, value_buffer, geometry, scale):
+        ctx.geometry, ctx.scale = geometry, scale
+        out = torch.empty_like(query)
+        sums = []  # log-sum-exp of each span's logits, where the kernel hands it out: T numbers a head in all
+        for span, kept, raw_start in _spans(geometry, query.shape[2]):
+            rows = slice(span.start, span.stop)
+            k = _keys(key, key_buffer, kept, raw_start, span)
+            v = _keys(value, value_buffer, kept, raw_start, span)
+            stacked, log_sum = _forward(_stack(query[:, :, rows], k), k, v, _bias(query, k, span), scale)
+            out[:, :, rows] = _unstack(stacked, span)
+            sums.append(log_sum)
+        ctx.log_sums = sums
+        ctx.save_for_backward(query, key, value, key_buffer, value_buffer, out)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_out):
+        query, key, value, key_buffer, value_buffer, out = ctx.saved_tensors
+        sources = key, value, key_buffer, value_buffer
+        grad_query = torch.empty_like(query)
+        # Spans add up in float32: in bfloat16 a key seen by many spans would lose its later contributions.
+        grads = [torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in sources]
+        grad_key, grad_value, grad_key_buffer, grad_value_buffer = grads
+        for (span, kept, raw_start), log_sum in zip(_spans(ctx.geometry, query.shape[2]), ctx.log_sums, strict=True):
+            rows = slice(span.start, span.stop)
+            k = _keys(key, key_buffer, kept, raw_start, span)
+            v = _keys(value, value_buffer, kept, raw_start, span)
+            stacked = [_stack(x[:, :, rows], k) for x in (grad_out, query, out)]
+            grad_q, grad_k, grad_v = _backward(*stacked, k, v, _bias(query, k, span), log_sum, ctx.scale)
+            grad_query[:, :, rows] = _unstack(grad_q, span)
+            for buffer, raw, grad in ((grad_key_buffer, grad_key, grad_k), (grad_value_buffer, grad_value, grad_v)):
+                buffer[:, :, :kept] += grad[:, :, :kept]
+                raw[:, :, raw_start : span.stop] += grad[:, :, kept:]
+        return grad_query, *(g.to(x.dtype) for g, x in zip(grads, sources, strict=True)), None, None
+
+
+def _spans(geometry: Geometry, tokens: int) -> Iterator[tuple[Span, int, int]]:
+    """Spans with the two ranges they see: buffer entries ``[0, kept)`` and raw keys from ``raw_start``."""
+    for span in geometry.spans(tokens, LONGEST_SPAN):
+        n = span.partitions
+        yield span, *((0, 0) if n == 0 else (geometry.buffer_size(n), geometry.raw_start(n)))
+
+
+def _keys(raw: Tensor, buffer: Tensor, kept: int, raw_start: int, span: Span) -> Tensor:
+    """``[B, H, N, D]``: what a span sees, its own keys last."""
+    return torch.cat([buffer[:, :, :kept], raw[:, :, raw_start : span.stop]], 2)
+
+
+def _stack(x: Tensor, key: Tensor) -> Tensor:
+    """``[B, Hq, R, D]`` -> ``[B, H, G * R, D]``: heads that share keys as further rows, so that none are copied."""
+    return x.unflatten(1, (key.shape[1], -1)).flatten(2, 3)
+
+
+def _unstack(x: Tensor, span: Span) -> Tensor:
+    return x.unflatten(2, (-1, span.stop - span.start)).flatten(1, 2)
+
+
+def _bias(query: Tensor, key: Tensor, span: Span) -> Tensor:
+    """``[G * R, N]``: -inf above the diagonal of the last R keys."""
+    rows, keys = span.stop - span.start, key.shape[2]
+    bias = query.new_zeros((rows, keys))
+    bias[:, keys - rows :] = query.new_full((rows, rows), -torch.inf).triu_(1)
+    return bias.repeat(query.shape[1] // key.shape[1], 1)
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor | None]:
+    if (
+        q.device.type == "cpu"
+    ):  # the kernel that scaled_dot_product_attention picks here, called by name for its log-sum
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, False, attn_mask=bias, scale=scale
+        )
+    return scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale), None
+
+
+def _backward(
+    grad: Tensor, q: Tensor, out: Tensor, k: Tensor, v: Tensor, bias: Tensor, log_sum: Tensor | None, scale: float
+) -> tuple[Tensor, ...]:
+    if log_sum is not None:
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad, q, k, v, out, log_sum, 0.0, False, attn_mask=bias, scale=scale
+        )
+    with torch.enable_grad():
+        inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+        return torch.autograd.grad(scaled_dot_product_attention(*inputs, attn_mask=bias, scale=scale), inputs, grad)

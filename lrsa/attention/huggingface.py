@@ -1,0 +1,112 @@
+"""The bridge to transformers: the only file that registers there. Nothing is patched.
+
+``attn_implementation="lrsa"`` makes a model's attention layers call `attention`; the parameters stand in the model's
+config under ``lrsa`` and so travel in ``config.json``. transformers does not store the implementation's *name*, so a
+plain ``AutoModelForCausalLM.from_pretrained`` gives a dense model: use `lrsa.models.load_model`, or name it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from lrsa.attention.api import sparse_attention
+from lrsa.attention.config import SparseAttentionConfig
+from lrsa.attention.documents import PAD
+
+NAME = "lrsa"
+_UNSUPPORTED = {
+    "sliding_window": "sliding-window layers",
+    "softcap": "logit soft-capping",
+    "s_aux": "learned attention sinks",
+    "position_bias": "an additive position bias",
+}
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: ``[B, heads, T, D]`` in, ``([B, T, Hq, D], None)`` out.
+
+    ``attention_mask`` is what `mask` returned: the tokenizer's ``[B, T]``, 0 at pads, or None. Packed documents are told
+    by ``document_ids`` among the keyword arguments, or by ``position_ids`` that start anew.
+
+    Raises:
+        ValueError: something that sparse attention does not compute (a cache, a sliding window, dropout); never ignored.
+    """
+    config = _layer_config(module)
+    if dropout:
+        raise ValueError(f"attention_dropout={dropout}: the lrsa attention has no dropout; set it to 0 in the config")
+    for name, what in _UNSUPPORTED.items():
+        if kwargs.get(name) is not None:
+            raise ValueError(f"{type(module).__name__} asks for {what} ({name}), which the lrsa attention cannot do")
+    if query.shape[2] != key.shape[2]:
+        raise ValueError(
+            f"{query.shape[2]} queries came with {key.shape[2]} keys, from a {type(kwargs.get('past_key_values')).__name__}: "
+            "an ordinary cache keeps every token. Score in one pass, or generate with use_cache=False"
+        )
+    document_ids = kwargs.get("document_ids")
+    if document_ids is None:
+        document_ids = _document_ids(attention_mask, kwargs.get("position_ids"), query)
+    layer_idx: int = module.layer_idx  # type: ignore[assignment]
+    backend = getattr(module, "lrsa_backend", "auto")
+    out = sparse_attention(
+        query, key, value, config, layer_idx=layer_idx, document_ids=document_ids, scale=scaling, backend=backend
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
+def mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+    """transformers' mask interface: hand on the ``[B, T]`` padding mask; each layer sees for itself what is visible."""
+    return attention_mask
+
+
+def _layer_config(module: nn.Module) -> SparseAttentionConfig:
+    """The layer's config, with ``dense_layers`` resolved against the model's depth."""
+    model_config: Any = module.config
+    stored = getattr(model_config, NAME, None)
+    if stored is None:
+        raise ValueError(
+            "attn_implementation='lrsa' needs the parameters in the model's config under 'lrsa': load with "
+            "lrsa.models.load_model(name, attention=SparseAttentionConfig(...)) or call set_attention(model, ...)"
+        )
+    return SparseAttentionConfig.from_dict(stored).resolved(model_config.num_hidden_layers)
+
+
+def _document_ids(attention_mask: Tensor | None, position_ids: Tensor | None, query: Tensor) -> Tensor | None:
+    """``[B, T]`` ids from a padding mask and from positions that do not continue; None where a row is one document."""
+    batch, _, tokens, _ = query.shape
+    ids = torch.zeros((batch, tokens), dtype=torch.int64, device=query.device)
+    plain = True
+    if attention_mask is not None:
+        if attention_mask.ndim != 2:
+            raise ValueError(
+                f"attention_mask {tuple(attention_mask.shape)}: the lrsa attention takes the tokenizer's [B, T] mask; "
+                "a ready-made 4-D mask would contradict the visibility rule"
+            )
+        pad = attention_mask == 0
+        if pad.any():
+            plain = False
+            ids = ids.masked_fill(pad, PAD)
+    if position_ids is not None and position_ids.shape[-1] == tokens and position_ids.ndim == 2:
+        restarts = position_ids[:, 1:] != position_ids[:, :-1] + 1
+        if restarts.any():
+            plain = False
+            started = torch.nn.functional.pad(restarts, (1, 0)).cumsum(-1).expand(batch, -1)
+            ids = torch.where(ids == PAD, PAD, started)
+    return None if plain else ids
+
+
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, mask)

@@ -1,0 +1,46 @@
+"""The mask form: dense attention under the visibility mask. The specification; O(T^2) memory, any device and dtype."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lrsa.attention.documents import PAD, positions
+from lrsa.attention.layout import Geometry
+
+
+def visible(kept: Tensor, geometry: Geometry, document_ids: Tensor | None) -> Tensor:
+    """Who sees what: bool ``[B, H, T, T]`` from ``kept`` bool ``[B, H, T]``.
+
+    Query i sees key j <= i of its document iff j < S, or j >= S + n(c(i)) L, or j is kept.
+    """
+    batch, _, tokens = kept.shape
+    if document_ids is None:
+        document_ids = torch.zeros((batch, tokens), dtype=torch.int64, device=kept.device)
+    position = positions(document_ids)
+    first, chunk, sink, lag = geometry.first_chunk, geometry.chunk, geometry.sink, geometry.lag
+    chunk_start = torch.where(position < first, 0, first + (position - first) // chunk * chunk)
+    raw_start = sink + ((chunk_start - sink) // lag - 1).clamp(min=0) * lag
+
+    query, key = position[:, :, None], position[:, None, :]
+    causal = (key <= query) & (document_ids[:, :, None] == document_ids[:, None, :])
+    causal &= (document_ids != PAD)[:, None, :]
+    always = (key < sink) | (key >= raw_start[:, :, None])
+    return causal[:, None] & (always[:, None] | kept[:, :, None, :])
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """Softmax attention under ``mask`` in float32 (float64 if the inputs are), autocast off; no visible key gives 0.
+
+    ``query [B, Hq, T, D]``, ``key``/``value`` ``[B, H, T, D]``, ``mask [B, H, T, T]`` -> ``[B, Hq, T, D]``.
+    """
+    with torch.autocast(query.device.type, enabled=False):
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        q = query.to(dtype).unflatten(1, (key.shape[1], -1))  # [B, H, G, T, D]
+        k, v = key.to(dtype)[:, :, None], value.to(dtype)[:, :, None]
+        logits = (q @ k.mT * scale).masked_fill(~mask[:, :, None], -torch.inf)
+        nothing = ~mask.any(-1)[:, :, None, :, None]  # pads: softmax over no key is undefined
+        weights = logits.masked_fill(nothing, 0).softmax(-1).masked_fill(nothing, 0)
+        # A key nobody sees must not reach the output even if it is not finite: 0 * inf is NaN.
+        v = v.masked_fill(~mask.any(-2)[:, :, None, :, None], 0)
+        return (weights @ v).flatten(1, 2).to(query.dtype)

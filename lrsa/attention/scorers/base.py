@@ -1,0 +1,48 @@
+"""The contract of a scorer: what it may read and what it returns."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Partitions:
+    """P partitions and, for each, the one after it: its lag. B batch, H key/value heads, G query heads a KV head.
+
+    Attributes:
+        key, value: ``[B, H, P, L, D]``, the tokens that are ranked; keys after RoPE, in the model's dtype.
+        lag_key, lag_value: ``[B, H, P, L, D]``, the next L tokens.
+        lag_query: ``[B, H, G, P, L, D]``, the queries of those next tokens; None unless the scorer ``reads_query``.
+        positions: ``[P, L]`` int64, of the ranked tokens within their document.
+        layer_idx: the layer's index.
+        scale: of the attention logits, 1/sqrt(D) unless the model says otherwise.
+    """
+
+    key: Tensor
+    value: Tensor
+    lag_key: Tensor
+    lag_value: Tensor
+    lag_query: Tensor | None
+    positions: Tensor
+    layer_idx: int
+    scale: float
+
+
+@dataclass(frozen=True)
+class Scorer(ABC):
+    """Ranks the tokens of each partition from that partition and its lag alone.
+
+    So a token's fate is settled L to 2L tokens after it was read, and training, prefill and decode agree on it.
+    Scores carry no gradient. A subclass's dataclass fields are its ``scorer_args``.
+    """
+
+    reads_query: ClassVar[bool] = False
+    paper: ClassVar[str] = ""
+
+    @abstractmethod
+    def __call__(self, partitions: Partitions) -> Tensor:
+        """``[B, H, P, L]`` float32 scores; the K highest are kept, the earlier position where two are equal."""

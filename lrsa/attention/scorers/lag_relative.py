@@ -1,0 +1,36 @@
+"""LagKV: how far a token stands out once it is scaled by the range of the tokens that follow (arXiv 2504.04704, eq. 2-6)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lrsa.attention.scorers.base import Partitions, Scorer
+
+
+@dataclass(frozen=True)
+class LagRelative(Scorer):
+    """Channel-wise deviation of keys, plus ``value_weight`` times that of values. Reads no attention weight."""
+
+    value_weight: float = 1.0
+    paper: ClassVar[str] = "https://arxiv.org/abs/2504.04704"
+
+    def __call__(self, partitions: Partitions) -> Tensor:
+        score = lag_deviation(partitions.key, partitions.lag_key)
+        if self.value_weight:
+            score = score + self.value_weight * lag_deviation(partitions.value, partitions.lag_value)
+        return score
+
+
+def lag_deviation(x: Tensor, lag: Tensor) -> Tensor:
+    """``[..., L, D]`` tokens and their lag -> ``[..., L]`` float32: softmax over tokens of the deviation over channels.
+
+    Channels that are constant in the lag have no range to be scaled by and count as 0.
+    """
+    x, lag = x.float(), lag.float()
+    low, high = lag.amin(-2, keepdim=True), lag.amax(-2, keepdim=True)
+    scaled = torch.where(high > low, (x - low) / (high - low), 0.0)
+    return scaled.std(-1).softmax(-1)

@@ -1,0 +1,135 @@
+"""Scores -> which tokens of the compressed partitions are kept.
+
+B batch, H key/value heads, G query heads a KV head, T tokens, D head dimension; P compressed partitions of L tokens.
+Rows here hold one document each, from its first token; `documents` brings padded and packed rows to that form.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+
+import torch
+from torch import Tensor
+
+from lrsa.attention.config import SparseAttentionConfig
+from lrsa.attention.layout import Geometry
+from lrsa.attention.scorers import Partitions
+
+
+def select(
+    key: Tensor,
+    value: Tensor,
+    config: SparseAttentionConfig,
+    partitions: int,
+    *,
+    query: Tensor | None = None,
+    layer_idx: int = 0,
+    scale: float | None = None,
+) -> Tensor:
+    """Positions kept of the first ``partitions`` partitions, ``[B, H, P * K]`` int64, ascending. Carries no gradient.
+
+    ``key``, ``value`` ``[B, H, T, D]``; ``query`` ``[B, Hq, T, D]`` for scorers that read queries. T must reach the
+    end of the last partition's lag.
+    """
+    geometry = config.geometry
+    if partitions == 0 or geometry.kept == 0:
+        return torch.empty((*key.shape[:2], 0), dtype=torch.int64, device=key.device)
+    if config.build_scorer().reads_query and query is None:
+        raise ValueError(f"scorer {config.scorer!r} reads queries: pass query=[B, Hq, T, D]")
+    scale = key.shape[-1] ** -0.5 if scale is None else scale
+    query = None if query is None else query.detach()
+    return _select(key.detach(), value.detach(), query, config.to_json(), partitions, layer_idx, scale)
+
+
+@torch.library.custom_op("lrsa::select", mutates_args=())
+def _select(
+    key: Tensor, value: Tensor, query: Tensor | None, config: str, partitions: int, layer_idx: int, scale: float
+) -> Tensor:
+    """One operator, so that activation checkpointing can keep its result (`checkpoint_contexts`) and compilers see it."""
+    parsed = _parse(config)
+    geometry, scorer = parsed.geometry, parsed.build_scorer()
+    scores = scorer(
+        partition(key, value, query if scorer.reads_query else None, geometry, partitions, layer_idx, scale)
+    )
+    # A stable sort puts the earlier position first where scores are equal, as the rule asks; topk promises no order.
+    ranked = scores.sort(dim=-1, descending=True, stable=True).indices[..., : geometry.kept]
+    kept = ranked.sort(dim=-1).values
+    starts = torch.arange(partitions, device=key.device) * geometry.lag + geometry.sink
+    return (kept + starts[:, None]).flatten(-2)
+
+
+@_select.register_fake
+def _(
+    key: Tensor, value: Tensor, query: Tensor | None, config: str, partitions: int, layer_idx: int, scale: float
+) -> Tensor:
+    kept = _parse(config).geometry.kept
+    return key.new_empty((*key.shape[:2], partitions * kept), dtype=torch.int64)
+
+
+@functools.lru_cache(maxsize=256)
+def _parse(config: str) -> SparseAttentionConfig:
+    return SparseAttentionConfig.from_dict(json.loads(config))
+
+
+def partition(
+    key: Tensor, value: Tensor, query: Tensor | None, geometry: Geometry, partitions: int, layer_idx: int, scale: float
+) -> Partitions:
+    """Cut ``[B, H, T, D]`` keys and values into partitions and their lags; views, nothing is copied."""
+    sink, lag = geometry.sink, geometry.lag
+
+    def cut(x: Tensor, first: int) -> Tensor:
+        start = sink + first * lag
+        return x[..., start : start + partitions * lag, :].unflatten(-2, (partitions, lag))
+
+    grouped = None if query is None else query.unflatten(1, (key.shape[1], -1))
+    positions = torch.arange(partitions * lag, device=key.device).view(partitions, lag) + sink
+    return Partitions(
+        key=cut(key, 0),
+        value=cut(value, 0),
+        lag_key=cut(key, 1),
+        lag_value=cut(value, 1),
+        lag_query=None if grouped is None else cut(grouped, 1),
+        positions=positions,
+        layer_idx=layer_idx,
+        scale=scale,
+    )
+
+
+def kept_mask(index: Tensor, tokens: int, geometry: Geometry, partitions: int) -> Tensor:
+    """Positions ``[B, H, P * K]`` -> bool ``[B, H, T]``: True for sinks, kept tokens, and what is not compressed."""
+    mask = torch.ones((*index.shape[:2], tokens), dtype=torch.bool, device=index.device)
+    mask[..., geometry.sink : geometry.raw_start(partitions)] = False
+    return mask.scatter_(-1, index, True)
+
+
+def kept_index(kept: Tensor, geometry: Geometry, partitions: int) -> Tensor:
+    """Inverse of `kept_mask` for the first ``partitions`` partitions.
+
+    Raises:
+        ValueError: a partition that keeps another number of tokens than K.
+    """
+    flags = kept[..., geometry.sink : geometry.raw_start(partitions)].unflatten(-1, (partitions, geometry.lag))
+    counts = flags.sum(-1)
+    if not bool((counts == geometry.kept).all()):
+        raise ValueError(
+            f"kept= has between {int(counts.min())} and {int(counts.max())} tokens a partition, the config keeps "
+            f"{geometry.kept} of {geometry.lag}: pass what kept_tokens returned for this config"
+        )
+    ranked = flags.to(torch.int8).sort(dim=-1, descending=True, stable=True).indices[..., : geometry.kept]
+    starts = torch.arange(partitions, device=kept.device) * geometry.lag + geometry.sink
+    return (ranked + starts[:, None]).flatten(-2)
+
+
+def checkpoint_contexts():
+    """``context_fn`` for `torch.utils.checkpoint`: recompute everything but the selection, which is kept.
+
+    The kept positions are a few integers; recomputing them could in principle break a tie differently than the forward.
+    """
+    from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+    def policy(ctx, op, *args, **kwargs):
+        saved = op == torch.ops.lrsa.select.default
+        return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)

@@ -1,0 +1,198 @@
+"""Structured configs of the commands: what a YAML under `conf/` may say, and the checks across fields.
+
+One dataclass a group. Hydra rejects unknown keys and wrong types; `check_*` rejects combinations that make no sense,
+before a model or a data set is touched. Compression is written as a factor, `4` for "4x": keep ratio 1/4.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+
+@dataclass
+class AttentionConf:
+    """`attention` group: the fields of `lrsa.attention.SparseAttentionConfig`, or `scorer: dense` for full attention."""
+
+    scorer: str = "lag_relative"
+    scorer_args: dict[str, Any] = field(default_factory=dict)
+    sink_size: int = 16
+    lag_size: int = 128
+    keep_ratio: float | None = None
+    top_k: int | None = None
+    chunk_size: int | None = None
+    dense_layers: list[int] = field(default_factory=list)
+    budget: str = "uniform"
+    schedule: str = "chunked"
+
+
+@dataclass
+class LoraConf:
+    """`model.lora`: low-rank adapters instead of full weights (peft)."""
+
+    rank: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    target_modules: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])
+
+
+@dataclass
+class ModelConf:
+    """`model` group: a hub id, a local folder, a model that ships with lrsa, or a fresh model from `config`."""
+
+    name: str = MISSING
+    gguf_file: str | None = None  # weights inside the folder `name`, dequantised to `dtype`
+    revision: str | None = None
+    config: dict[str, Any] | None = None  # fresh random weights: transformers config fields, `model_type` among them
+    tokenizer: str | None = None  # default: `name`
+    dtype: str = "float32"  # of the weights; training on GPU autocasts to bfloat16 (trainer.precision)
+    rope_scaling: dict[str, Any] | None = None  # e.g. {rope_type: yarn, factor: 4.0}
+    gradient_checkpointing: bool = False
+    attention_backend: str = "auto"  # reference, gather, flex, auto
+    lora: LoraConf | None = None
+
+
+@dataclass
+class ExamplesConf:
+    """`data.parts.<name>` and `evaluation.tasks.<name>`: where examples come from and how a prompt is put together."""
+
+    source: str = MISSING  # lrsa.data.sources.SOURCES: squad, hotpotqa, jsonl, passkey, needles
+    path: str | None = None  # hub name, local folder or file; synthetic sources have none
+    split: str = "train"
+    weight: float = 1.0  # share of the training mixture
+    questions: int = 1  # per context
+    limit: int | None = None  # samples; None: every question once
+    seed: int = 0
+    filler: str | None = None  # folder of *.txt(.gz) prose, or None: the built-in haystack sentences
+    prompt: str = "chat"  # chat (the tokenizer's template) or plain
+    args: dict[str, Any] = field(default_factory=dict)  # of the source
+
+
+@dataclass
+class DataConf:
+    """`data` group: the training mixture."""
+
+    length: int = 4096  # tokens a sample, T
+    parts: dict[str, ExamplesConf] = field(default_factory=dict)
+    cache_dir: str | None = None  # default: $LRSA_CACHE or ~/.cache/lrsa
+    workers: int = 0
+
+
+@dataclass
+class RecipeConf:
+    """`recipe` group: optimisation, and the compressions a step is drawn from."""
+
+    name: str = "lrsa"
+    steps: int = 300
+    batch_size: int = 8  # samples an optimiser step
+    micro_batch_size: int | None = None  # samples a forward pass; None: batch_size (no accumulation)
+    learning_rate: float = 1e-4
+    min_learning_rate: float = 0.0  # at the end of the cosine
+    warmup_steps: int = 20
+    weight_decay: float = 0.01
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    gradient_clip: float = 1.0
+    compressions: list[float] = field(default_factory=list)  # one is drawn a step; []: the attention's own ratio
+
+
+@dataclass
+class TrainerConf:
+    """`trainer` group: Lightning's Trainer."""
+
+    accelerator: str = "auto"
+    devices: int = 1
+    strategy: str = "auto"
+    precision: str = "32-true"
+    log_every: int = 10
+    checkpoint_every: int = 100  # optimiser steps
+    save_model: bool = True  # write <run>/model as safetensors at the end
+    progress: bool = True
+    compile: bool = False
+
+
+@dataclass
+class LoggerConf:
+    """`logger` group: W&B. The local record is always written."""
+
+    wandb: bool = True
+    mode: str = "offline"
+    project: str = "lrsa"
+    entity: str | None = None
+    group: str | None = None  # default: the sweep's folder name
+    tags: list[str] = field(default_factory=list)
+
+
+@dataclass
+class EvaluationConf:
+    """`evaluation`: tasks x compressions, with the attention that is applied at inference (not the training one)."""
+
+    tasks: dict[str, ExamplesConf] = field(default_factory=dict)
+    attention: AttentionConf = field(default_factory=AttentionConf)
+    compressions: list[float] = field(default_factory=lambda: [1, 2, 4, 8, 16])  # 1: full cache
+    floor: bool = True  # also score without the context
+    length: int | None = None  # default: data.length
+    batch_size: int = 8
+    precision: str = "32-true"  # or bf16-mixed
+    bootstrap: int = 10_000
+
+
+@dataclass
+class RunConf:
+    """What every command knows about its run."""
+
+    name: str = "run"
+    study: str = "scratch"  # experiments/<study>
+    arm: str = ""  # the row this run fills in a table; default: recipe name
+    seed: int = 0
+    threads: int | None = None  # torch.set_num_threads
+    output_dir: str = MISSING  # Hydra's run folder
+
+
+@dataclass
+class TrainConf:
+    """`lrsa-train`: post-train, then evaluate the grid."""
+
+    run: RunConf = field(default_factory=RunConf)
+    model: ModelConf = field(default_factory=ModelConf)
+    attention: AttentionConf = field(default_factory=AttentionConf)
+    data: DataConf = field(default_factory=DataConf)
+    recipe: RecipeConf = field(default_factory=RecipeConf)
+    trainer: TrainerConf = field(default_factory=TrainerConf)
+    logger: LoggerConf = field(default_factory=LoggerConf)
+    evaluation: EvaluationConf = field(default_factory=EvaluationConf)
+    resume: str | None = None  # a run folder, or one of its checkpoints
+
+
+@dataclass
+class EvalConf:
+    """`lrsa-eval`: evaluate a checkpoint over the grid."""
+
+    run: RunConf = field(default_factory=RunConf)
+    model: ModelConf = field(default_factory=ModelConf)
+    logger: LoggerConf = field(default_factory=LoggerConf)
+    trainer: TrainerConf = field(default_factory=TrainerConf)
+    evaluation: EvaluationConf = field(default_factory=EvaluationConf)
+
+
+def config_dir() -> Path:
+    """The folder of the YAML files: `conf/` beside the package in a checkout, inside the package in a wheel.
+
+    Raises:
+        FileNotFoundError: neither is there; the installation is incomplete.
+    """
+    package = Path(__file__).resolve().parent
+    for folder in (package / "conf", package.parent / "conf"):
+        if (folder / "train.yaml").is_file():
+            return folder
+    raise FileNotFoundError(f"lrsa's configs are neither in {package / 'conf'} nor in {package.parent / 'conf'}: reinstall lrsa")
+
+
+def register_configs() -> None:
+    """Tell Hydra the schemas; each `conf/<group>/*.yaml` merges into its group's schema."""
+    store = ConfigStore.instance()
+    store.store(name="train_schema", node=TrainConf)
+    store.store(name="eval_schema", node=EvalConf)

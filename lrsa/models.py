@@ -1,0 +1,243 @@
+"""A checkpoint, or a fresh config, with an attention -> a model that can be trained and scored.
+
+B batch, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from lrsa.attention import BACKENDS, SparseAttentionConfig, checkpoint_contexts
+from lrsa.attention.documents import find_documents
+from lrsa.attention.huggingface import NAME
+from lrsa.config import ModelConf
+
+ASSETS = Path(__file__).resolve().parent / "assets"
+STORED: Literal["stored"] = "stored"
+
+
+def load_model(
+    name_or_path: str | Path,
+    attention: SparseAttentionConfig | Literal["stored"] | None = STORED,
+    *,
+    gguf_file: str | None = None,
+    revision: str | None = None,
+    config: dict[str, Any] | None = None,
+    dtype: torch.dtype = torch.float32,
+    rope_scaling: dict[str, Any] | None = None,
+    backend: str = "auto",
+    gradient_checkpointing: bool = False,
+) -> PreTrainedModel:
+    """Load a causal language model and give it an attention.
+
+    Args:
+        name_or_path: hub id, local folder, or a model that ships with lrsa (`packaged_models`).
+        attention: sparse attention; None for dense; by default what the checkpoint was saved with.
+        gguf_file: weights inside the folder, dequantised to ``dtype``.
+        config: fields of a transformers config, ``model_type`` among them: fresh random weights, nothing is loaded.
+        dtype: of the weights.
+        rope_scaling: merged into the config's RoPE parameters, e.g. ``{"rope_type": "yarn", "factor": 4.0}``.
+        backend: of the sparse attention; see `lrsa.attention.sparse_attention`.
+        gradient_checkpointing: recompute activations in the backward pass, the selection excepted.
+
+    Raises:
+        ValueError: an unknown backend, or a model whose layers sparse attention cannot replace.
+        FileNotFoundError: no such model here and no hub; names the local alternative.
+    """
+    if config is not None:
+        model_config = AutoConfig.for_model(**copy.deepcopy(config))
+        _scale_rope(model_config, rope_scaling)
+        model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, attn_implementation="sdpa")
+    else:
+        folder = _locate(name_or_path)
+        options: dict[str, Any] = {"revision": revision, "gguf_file": gguf_file, "trust_remote_code": False}
+        options = {k: v for k, v in options.items() if v is not None}
+        with _HubErrors(name_or_path):
+            model_config = AutoConfig.from_pretrained(folder, **options)
+            _scale_rope(model_config, rope_scaling)
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, config=model_config, dtype=dtype, attn_implementation="sdpa", **options
+            )
+        if gguf_file is not None:
+            model = _dequantised(model)
+    if attention == STORED:
+        stored = getattr(model.config, NAME, None)
+        attention = None if stored is None else SparseAttentionConfig.from_dict(stored)
+    set_attention(model, attention, backend=backend)
+    if gradient_checkpointing:
+        enable_gradient_checkpointing(model)
+    return model
+
+
+def load_tokenizer(
+    name_or_path: str | Path, *, gguf_file: str | None = None, revision: str | None = None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model; raises as `load_model` does. A missing pad token is filled by the EOS token."""
+    options = {k: v for k, v in {"gguf_file": gguf_file, "revision": revision}.items() if v is not None}
+    with _HubErrors(name_or_path):
+        tokenizer = AutoTokenizer.from_pretrained(_locate(name_or_path), trust_remote_code=False, **options)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def build_model(conf: ModelConf, attention: SparseAttentionConfig | None) -> PreTrainedModel:
+    """`load_model` from the `model` config group. LoRA adapters are the training's affair."""
+    return load_model(
+        conf.name,
+        attention,
+        gguf_file=conf.gguf_file,
+        revision=conf.revision,
+        config=conf.config,
+        dtype=getattr(torch, conf.dtype),
+        rope_scaling=conf.rope_scaling,
+        backend=conf.attention_backend,
+        gradient_checkpointing=conf.gradient_checkpointing,
+    )
+
+
+def build_tokenizer(conf: ModelConf) -> PreTrainedTokenizerBase:
+    """`load_tokenizer` from the `model` config group."""
+    gguf_file = conf.gguf_file if conf.tokenizer is None else None
+    return load_tokenizer(conf.tokenizer or conf.name, gguf_file=gguf_file, revision=conf.revision)
+
+
+def packaged_models() -> list[str]:
+    """Names of the models that ship with lrsa."""
+    return sorted(p.name for p in ASSETS.iterdir() if (p / "config.json").is_file()) if ASSETS.is_dir() else []
+
+
+def set_attention(model: nn.Module, attention: SparseAttentionConfig | None, *, backend: str | None = None) -> None:
+    """Change a live model's attention: sparse, or dense (None). Weights and training state stay.
+
+    The parameters go to ``model.config.lrsa`` and are saved with the model; ``backend`` belongs to this process alone
+    (None leaves it as it is).
+
+    Raises:
+        ValueError: an unknown backend, ``dense_layers`` outside the model, layers that are not plain full attention.
+    """
+    base: Any = model.get_base_model() if hasattr(model, "peft_config") else model
+    config = base.config
+    if attention is None:
+        if hasattr(config, NAME):
+            delattr(config, NAME)
+        wanted = "sdpa"
+    else:
+        attention.resolved(config.num_hidden_layers)
+        special = sorted(set(getattr(config, "layer_types", None) or []) - {"full_attention"})
+        if special:
+            raise ValueError(
+                f"{type(base).__name__} has {', '.join(special)} layers: sparse attention replaces full ones"
+            )
+        setattr(config, NAME, attention.to_dict())
+        wanted = NAME
+    if config._attn_implementation != wanted:
+        base.set_attn_implementation(wanted)
+    if backend is not None:
+        if backend not in BACKENDS:
+            raise ValueError(f"backend={backend!r} is unknown: choose one of {', '.join(BACKENDS)}")
+        for module in base.modules():
+            if hasattr(module, "layer_idx"):
+                module.lrsa_backend = backend
+
+
+def get_attention(model: nn.Module) -> SparseAttentionConfig | None:
+    """The model's sparse attention, None where it is dense."""
+    base: Any = model.get_base_model() if hasattr(model, "peft_config") else model
+    stored = getattr(base.config, NAME, None)
+    return None if stored is None else SparseAttentionConfig.from_dict(stored)
+
+
+def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
+    """Recompute activations in the backward pass, and use again the selection of the forward pass."""
+    options = {"use_reentrant": False, "context_fn": checkpoint_contexts}
+    if hasattr(model, "activation_checkpointing_enable"):  # its name from transformers 5.2x on
+        model.activation_checkpointing_enable(options)
+    else:
+        model.gradient_checkpointing_enable(options)
+
+
+def target_logits(
+    model: nn.Module, input_ids: Tensor, answer_mask: Tensor, document_ids: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The logits that predict each target token, in one pass; the language-model head runs at those positions alone.
+
+    Args:
+        input_ids: ``[B, T]`` int64.
+        answer_mask: bool ``[B, T]``, True at targets; a row's first token cannot be one.
+        document_ids: ``[B, T]`` int64, -1 at pads; None where no row is padded or packed.
+
+    Returns:
+        float32 logits ``[N, V]`` and int64 targets ``[N]``, N targets in row-major order.
+    """
+    answer_mask = answer_mask[:, 1:]
+    columns = answer_mask.any(0).nonzero()[:, 0]  # positions of which some row needs the prediction
+    outputs = model(
+        input_ids=input_ids, logits_to_keep=columns, use_cache=False, **_document_arguments(model, document_ids)
+    )
+    wanted = answer_mask[:, columns]
+    return outputs.logits[wanted].float(), input_ids[:, 1:][answer_mask]
+
+
+def _document_arguments(model: nn.Module, document_ids: Tensor | None) -> dict[str, Tensor]:
+    if document_ids is None:
+        return {}
+    documents = find_documents(document_ids)
+    single = len(documents) == len(document_ids) and all(d.start == 0 for d in documents)
+    if get_attention(model) is not None:
+        arguments = {"document_ids": document_ids}
+    elif single:
+        return {}  # pads on the right alone: a causal model never looks there
+    else:
+        arguments = {}
+    # Each document, and each run of pads, starts its positions anew; dense attention splits the row there.
+    steps = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
+    starts = torch.ones_like(document_ids, dtype=torch.bool)
+    starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    arguments["position_ids"] = steps - torch.where(starts, steps, 0).cummax(-1).values
+    return arguments
+
+
+def _scale_rope(config: Any, scaling: dict[str, Any] | None) -> None:
+    if scaling:
+        config.rope_parameters = {**(config.rope_parameters or {}), **scaling}
+
+
+def _dequantised(model: PreTrainedModel) -> PreTrainedModel:
+    """The same weights in a model that does not call itself quantised, which could be neither trained nor saved."""
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    plain = type(model)(config).to(model.dtype)
+    plain.load_state_dict(model.state_dict())
+    plain.generation_config = model.generation_config
+    return plain
+
+
+def _locate(name_or_path: str | Path) -> str:
+    packaged = ASSETS / str(name_or_path)
+    return str(packaged) if (packaged / "config.json").is_file() else str(name_or_path)
+
+
+class _HubErrors:
+    """Turns the hub's many ways to say "not there" into one message with the way out."""
+
+    def __init__(self, name: str | Path) -> None:
+        self.name = name
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, OSError):
+            raise FileNotFoundError(
+                f"model {str(self.name)!r} is not a local folder, and the Hugging Face hub did not give it: {error}\n"
+                f"Name a local folder with config.json and safetensors (or with gguf_file=...), "
+                f"or a model that ships with lrsa: {', '.join(packaged_models()) or 'none'}."
+            ) from error
