@@ -10,8 +10,8 @@ STAMP := $(VENV)/.installed
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
 
 # -- make demo: one Hydra multirun, then the table and the figure of what it measured
-DEMO_RUNS := multirun/demo
-DEMO_TRAIN = lrsa-train -m experiment=demo
+DEMO_RUNS := multirun/demo/$(shell date +%Y-%m-%d_%H-%M-%S)
+DEMO_TRAIN = lrsa-train -m experiment=demo hydra.sweep.dir=$(DEMO_RUNS)
 DEMO_TABLE = lrsa-table study=demo records=[$(DEMO_RUNS)] output=$(DEMO_RUNS)
 
 # -- make test

@@ -87,6 +87,12 @@ def make_bundle(options: argparse.Namespace, runner: Runner = run_pip) -> Path:
         model = f"models/{copy_into(Path(options.model), output / 'models').name}"
     data = [f"data/{copy_into(source, output / 'data').name}" for source in options.data]
 
+    environment = {}  # the variables that the configs read
+    if options.model == "smollm2":
+        environment["LRSA_SMOLLM2"] = f"models/{FOLDER_NAME}"
+    if data:
+        environment["LRSA_DATA"] = "data"
+
     facts = {
         "lrsa": __version__,
         "python_version": target.python,
@@ -95,6 +101,7 @@ def make_bundle(options: argparse.Namespace, runner: Runner = run_pip) -> Path:
         "replaced": closure.replaced,
         "model": model,
         "data": data,
+        "environment": environment,
     }
     manifest = write_manifest(output, facts)
     total = sum(entry["bytes"] for entry in manifest["files"].values())

@@ -2,7 +2,7 @@
 
 Joins and unpacks the parts of a split bundle, checks every file against manifest.json, installs the wheels into the
 Python that runs this script, and checks that what the bundle expects of this machine is there. `--check` stops before
-installing. Model and data stay where they are: run the commands from this folder, or name them by path.
+installing. Model and data stay where they are; `. ./env.sh`, written here, tells the commands where that is.
 """
 
 # This file travels alone: the standard library only, and nothing of lrsa.
@@ -12,6 +12,7 @@ import hashlib
 import importlib.metadata
 import io
 import json
+import shlex
 import subprocess
 import sys
 import tarfile
@@ -112,6 +113,14 @@ def check_assumed(assumed: dict[str, str]) -> None:
         )
 
 
+def write_environment(folder: Path, variables: dict[str, str]) -> Path:
+    """Write `env.sh`, which exports each variable as the absolute path of a folder of the bundle; returns its path."""
+    lines = [f"export {name}={shlex.quote(str(folder / relative))}" for name, relative in variables.items()]
+    path = folder / "env.sh"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
 def main(arguments: list[str]) -> None:
     """Unpack, check, install; raises InstallError."""
     folder = Path(__file__).resolve().parent
@@ -133,7 +142,8 @@ def main(arguments: list[str]) -> None:
             "pip failed, see above; in a system Python, make a virtual environment first: "
             "python -m venv --system-site-packages .venv"
         )
-    print(f"installed lrsa {manifest['lrsa']}; model and data are in {folder}")
+    environment = write_environment(folder, manifest["environment"])
+    print(f"installed lrsa {manifest['lrsa']}; model and data: . {environment}")
 
 
 if __name__ == "__main__":
