@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -122,7 +123,7 @@ def set_attention(model: nn.Module, attention: SparseAttentionConfig | None, *, 
     Raises:
         ValueError: an unknown backend, ``dense_layers`` outside the model, layers that are not plain full attention.
     """
-    base: Any = model.get_base_model() if hasattr(model, "peft_config") else model
+    base = _base(model)
     config = base.config
     if attention is None:
         if hasattr(config, NAME):
@@ -149,9 +150,14 @@ def set_attention(model: nn.Module, attention: SparseAttentionConfig | None, *, 
 
 def get_attention(model: nn.Module) -> SparseAttentionConfig | None:
     """The model's sparse attention, None where it is dense."""
-    base: Any = model.get_base_model() if hasattr(model, "peft_config") else model
+    base = _base(model)
     stored = getattr(base.config, NAME, None)
     return None if stored is None else SparseAttentionConfig.from_dict(stored)
+
+
+def _base(model: nn.Module) -> Any:
+    """The transformers model inside a peft wrapper."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def enable_gradient_checkpointing(model: PreTrainedModel) -> None:

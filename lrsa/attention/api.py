@@ -12,8 +12,7 @@ from torch import Tensor
 
 from lrsa.attention import flex, gather, reference
 from lrsa.attention.config import SparseAttentionConfig
-from lrsa.attention.documents import PAD, per_document
-from lrsa.attention.layout import Geometry
+from lrsa.attention.documents import per_document
 from lrsa.attention.selection import kept_index, kept_mask, select
 
 log = logging.getLogger(__name__)
@@ -153,8 +152,8 @@ def _check(query: Tensor, key: Tensor, value: Tensor, kept: Tensor | None, docum
         raise ValueError(f"value {tuple(value.shape)} must have key's shape {tuple(key.shape)}")
     if (query.shape[0], query.shape[2], query.shape[3]) != (batch, tokens, dim):
         raise ValueError(
-            f"query {tuple(query.shape)} and key {tuple(key.shape)} must agree in all but heads: attention over a cache "
-            "(fewer queries than keys) is not the parallel form"
+            f"query {tuple(query.shape)} and key {tuple(key.shape)} must agree in all but "
+            "heads: attention over a cache (fewer queries than keys) is not the parallel form"
         )
     if query.shape[1] % heads:
         raise ValueError(f"{query.shape[1]} query heads are not a multiple of {heads} key/value heads")
@@ -162,15 +161,3 @@ def _check(query: Tensor, key: Tensor, value: Tensor, kept: Tensor | None, docum
         raise ValueError(f"kept must be bool {tuple(key.shape[:3])}, not {kept.dtype} {tuple(kept.shape)}")
     if document_ids is not None and document_ids.shape != (batch, tokens):
         raise ValueError(f"document_ids must be [B, T] = {(batch, tokens)}, not {tuple(document_ids.shape)}")
-
-
-__all__ = [
-    "BACKENDS",
-    "PAD",
-    "Geometry",
-    "choose_backend",
-    "kept_tokens",
-    "slots",
-    "sparse_attention",
-    "visibility_mask",
-]

@@ -26,7 +26,7 @@ class SparseAttentionConfig:
         scorer_args: the rule's own parameters, e.g. ``{"value_weight": 1.0}`` for ``lag_relative``.
         sink_size: S, first tokens that are always kept.
         lag_size: L, tokens a partition; a partition is scored against the one after it, its lag.
-        keep_ratio: r in (0, 1]; a compressed partition keeps ``int(r * L)`` tokens. Default 1/4 if ``top_k`` is not given.
+        keep_ratio: r in (0, 1]; a compressed partition keeps ``int(r * L)`` tokens. Default 1/4 without ``top_k``.
         top_k: K in [0, L], the kept tokens as a count. At most one of ``keep_ratio`` and ``top_k``.
         chunk_size: C >= 1, tokens between two compressions; L by default, where training, prefill and decode coincide.
         dense_layers: indices of layers with full attention; negative ones count from the last layer.

@@ -1,7 +1,7 @@
 """The parallel form on FlexAttention: one fused kernel a pass, CUDA.
 
 Keys are ``[sinks | kept | pad to a block | raw keys]``. A query's compressed past is a prefix of the buffer and its raw
-band a range of the rest, so the block mask follows from the geometry; it is built block by block, never from a T x T mask.
+band a range of the rest, so the block mask follows from the geometry, block by block, never from a T x T mask.
 """
 
 from __future__ import annotations
@@ -79,12 +79,10 @@ def _layout(geometry: Geometry, tokens: int, used: int, device: torch.device) ->
     first_key = torch.arange((raw_offset + tokens) // BLOCK)[None] * BLOCK
     in_buffer = first_key < raw_offset
     position = first_key - raw_offset  # of a raw block's first key
-    full = torch.where(
-        in_buffer, first_key + BLOCK <= least_kept, (position >= last_raw) & (position + BLOCK - 1 <= first_query)
-    )
-    some = torch.where(
-        in_buffer, first_key < most_kept, (position <= first_query + BLOCK - 1) & (position + BLOCK > first_raw)
-    )
+    raw_full = (position >= last_raw) & (position + BLOCK - 1 <= first_query)
+    raw_some = (position + BLOCK > first_raw) & (position <= first_query + BLOCK - 1)
+    full = torch.where(in_buffer, first_key + BLOCK <= least_kept, raw_full)
+    some = torch.where(in_buffer, first_key < most_kept, raw_some)
 
     kept_stop, raw_start = kept_stop.to(device), raw_start.to(device)
 

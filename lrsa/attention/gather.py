@@ -64,8 +64,8 @@ class _SpanAttention(torch.autograd.Function):
             rows = slice(span.start, span.stop)
             k = _keys(key, key_buffer, kept, raw_start, span)
             v = _keys(value, value_buffer, kept, raw_start, span)
-            stacked = [_stack(x[:, :, rows], k) for x in (grad_out, query, out)]
-            grad_q, grad_k, grad_v = _backward(*stacked, k, v, _bias(query, k, span), log_sum, ctx.scale)
+            grad, q, o = (_stack(x[:, :, rows], k) for x in (grad_out, query, out))
+            grad_q, grad_k, grad_v = _backward(grad, q, o, k, v, _bias(query, k, span), log_sum, ctx.scale)
             grad_query[:, :, rows] = _unstack(grad_q, span)
             for buffer, raw, grad in ((grad_key_buffer, grad_key, grad_k), (grad_value_buffer, grad_value, grad_v)):
                 buffer[:, :, :kept] += grad[:, :, :kept]
@@ -120,5 +120,6 @@ def _backward(
             grad, q, k, v, out, log_sum, 0.0, False, attn_mask=bias, scale=scale
         )
     with torch.enable_grad():
-        inputs = [x.detach().requires_grad_() for x in (q, k, v)]
-        return torch.autograd.grad(scaled_dot_product_attention(*inputs, attn_mask=bias, scale=scale), inputs, grad)
+        q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+        again = scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+        return torch.autograd.grad(again, (q, k, v), grad)

@@ -39,11 +39,11 @@ def attention(
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: ``[B, heads, T, D]`` in, ``([B, T, Hq, D], None)`` out.
 
-    ``attention_mask`` is what `mask` returned: the tokenizer's ``[B, T]``, 0 at pads, or None. Packed documents are told
-    by ``document_ids`` among the keyword arguments, or by ``position_ids`` that start anew.
+    ``attention_mask`` is what `mask` returned: the tokenizer's ``[B, T]``, 0 at pads, or None. Packed documents are
+    told by ``document_ids`` among the keyword arguments, or by ``position_ids`` that start anew.
 
     Raises:
-        ValueError: something that sparse attention does not compute (a cache, a sliding window, dropout); never ignored.
+        ValueError: something that sparse attention does not compute: a cache, a sliding window, dropout.
     """
     config = _layer_config(module)
     if dropout:
@@ -53,8 +53,8 @@ def attention(
             raise ValueError(f"{type(module).__name__} asks for {what} ({name}), which the lrsa attention cannot do")
     if query.shape[2] != key.shape[2]:
         raise ValueError(
-            f"{query.shape[2]} queries came with {key.shape[2]} keys, from a {type(kwargs.get('past_key_values')).__name__}: "
-            "an ordinary cache keeps every token. Score in one pass, or generate with use_cache=False"
+            f"{query.shape[2]} queries came with {key.shape[2]} keys: an ordinary cache, which keeps every token. "
+            "Score in one pass, or generate with use_cache=False"
         )
     document_ids = kwargs.get("document_ids")
     if document_ids is None:

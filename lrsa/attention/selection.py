@@ -46,7 +46,7 @@ def select(
 def _select(
     key: Tensor, value: Tensor, query: Tensor | None, config: str, partitions: int, layer_idx: int, scale: float
 ) -> Tensor:
-    """One operator, so that activation checkpointing can keep its result (`checkpoint_contexts`) and compilers see it."""
+    """One operator, so that activation checkpointing can keep its result (`checkpoint_contexts`)."""
     parsed = _parse(config)
     geometry, scorer = parsed.geometry, parsed.build_scorer()
     scores = scorer(

@@ -1,4 +1,4 @@
-"""LagKV: how far a token stands out once it is scaled by the range of the tokens that follow (arXiv 2504.04704, eq. 2-6)."""
+"""LagKV: how far a token stands out, scaled by the range of the tokens that follow it (arXiv 2504.04704)."""
 
 from __future__ import annotations
 
