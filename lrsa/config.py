@@ -178,6 +178,25 @@ class EvalConf:
     evaluation: EvaluationConf = field(default_factory=EvaluationConf)
 
 
+@dataclass
+class TableConf:
+    """`lrsa-table`: records -> table and figures."""
+
+    study: str | None = None  # only its records; also where `records` and `output` default to
+    records: list[str] = field(default_factory=list)  # folders to search; []: experiments/<study>/records
+    output: str | None = None  # folder; default: experiments/<study>, without a study `tables`
+    title: str = "Post-training x inference compression"
+    arms: list[str] = field(default_factory=list)  # rows in this order; []: all, by name
+    reference: str | None = None  # arm that differences are to; default: the first
+    tasks: list[str] = field(default_factory=list)
+    names: dict[str, str] = field(default_factory=dict)  # of arms and tasks, as displayed
+    metric: str = "exact"  # or nll
+    formats: list[str] = field(default_factory=lambda: ["markdown", "latex", "csv"])
+    figure: bool = True
+    bootstrap: int = 10_000
+    rebuild: str | None = None  # the command that generated files name; default: this one
+
+
 def config_dir() -> Path:
     """The folder of the YAML files: `conf/` beside the package in a checkout, inside the package in a wheel.
 
@@ -196,3 +215,4 @@ def register_configs() -> None:
     store = ConfigStore.instance()
     store.store(name="train_schema", node=TrainConf)
     store.store(name="eval_schema", node=EvalConf)
+    store.store(name="table_schema", node=TableConf)
