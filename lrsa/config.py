@@ -189,7 +189,7 @@ class TableConf:
     arms: list[str] = field(default_factory=list)  # rows in this order; []: all, by name
     reference: str | None = None  # arm that differences are to; default: the first
     tasks: list[str] = field(default_factory=list)
-    names: dict[str, str] = field(default_factory=dict)  # of arms and tasks, as displayed
+    names: dict[str, str] | None = None  # of arms and tasks, as displayed
     metric: str = "exact"  # or nll
     formats: list[str] = field(default_factory=lambda: ["markdown", "latex", "csv"])
     figure: bool = True

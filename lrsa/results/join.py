@@ -1,0 +1,144 @@
+"""Records -> what each table cell was measured to be: seeds of an arm together, contradictions refused."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lrsa.results.record import OUTCOMES_FILE, Record, RecordError
+from lrsa.results.statistics import Interval, mean_over_seeds, paired_difference
+from lrsa.results.store import compression_label
+
+
+class TableWarning(UserWarning):
+    """Something that a reader of the table must know."""
+
+
+Key = tuple[str, str, float | None]  # arm, task, compression
+
+
+@dataclass
+class Measured:
+    """One table cell's runs: values by seed, the records they came from, and what the cells said."""
+
+    values: dict[int, dict[str, float]] = field(default_factory=dict)
+    sources: dict[int, Record] = field(default_factory=dict)
+    ratios: dict[int, float] = field(default_factory=dict)
+    fingerprints: set[str] = field(default_factory=set)
+
+    @property
+    def runs(self) -> list[dict[str, float]]:
+        return [self.values[seed] for seed in sorted(self.values)]
+
+    @property
+    def mean(self) -> float:
+        return sum(sum(run.values()) / len(run) for run in self.runs) / len(self.values)
+
+    @property
+    def ratio(self) -> float | None:
+        return sum(self.ratios.values()) / len(self.ratios) if self.ratios else None
+
+
+@dataclass
+class Joined:
+    """Measured cells, and the statistics over them; a pair of arms is compared once."""
+
+    cells: dict[Key, Measured]
+    n_resamples: int
+    seed: int
+    _compared: dict[tuple[str, Key], Interval | None] = field(default_factory=dict)
+
+    def mean(self, key: Key) -> Interval | None:
+        """Mean over seeds and examples; None for a cell that nobody measured."""
+        cell = self.cells.get(key)
+        return None if cell is None else mean_over_seeds(cell.runs, self.n_resamples, self.seed)
+
+    def difference(self, key: Key, other: str) -> Interval | None:
+        """The cell minus that of arm `other`, paired; None where either is missing. ValueError for other examples."""
+        if (other, key) not in self._compared:
+            arm, task, compression = key
+            a, b = self.cells.get(key), self.cells.get((other, task, compression))
+            names = tuple(f"{task} at {compression_label(compression)}, arm '{name}'" for name in (arm, other))
+            self._compared[other, key] = (
+                None
+                if a is None or b is None
+                else paired_difference(a.runs, b.runs, self.n_resamples, self.seed, (names[0], names[1]))
+            )
+        return self._compared[other, key]
+
+    def best(self, arms: Sequence[str], task: str, compression: float | None, higher_is_better: bool) -> str | None:
+        """The arm that beats every other measured one, each paired interval clear of 0. The floor is no contest."""
+        present = [arm for arm in arms if (arm, task, compression) in self.cells]
+        if compression is None or len(present) < 2:
+            return None
+        means = {arm: self.cells[arm, task, compression].mean for arm in present}
+        top = (max if higher_is_better else min)(present, key=means.__getitem__)
+        for arm in present:
+            if arm != top:
+                interval = self.difference((top, task, compression), arm)
+                if interval is None or not interval.excludes_zero:
+                    return None
+        return top
+
+
+def collect_cells(
+    records: Sequence[Record], metric: str, arms: Sequence[str] = (), tasks: Sequence[str] = ()
+) -> dict[Key, Measured]:
+    """Cells of the given arms and tasks (default: all), from the records' outcomes.
+
+    Raises RecordError where the outcomes contradict the record's cells, an example is there twice, or two different
+    experiments give one cell. The same experiment run twice counts once: the later run, with a TableWarning.
+    """
+    found: dict[Key, Measured] = {}
+    for record in sorted(records, key=lambda record: (record.finished or "", str(record.folder))):
+        if arms and record.arm not in arms:
+            continue
+        outcomes: dict[tuple[str, float | None], dict[str, dict[str, Any]]] = {}
+        for row in record.outcomes():
+            same = outcomes.setdefault((row["task"], row["compression"]), {})
+            if row["id"] in same:
+                what = f"example '{row['id']}' of {row['task']} at {compression_label(row['compression'])}"
+                raise RecordError(f"{record.folder / OUTCOMES_FILE}: {what} is there twice")
+            same[row["id"]] = row
+        for cell in record.cells:
+            task, compression = cell["task"], cell["compression"]
+            if tasks and task not in tasks:
+                continue
+            examples = outcomes.get((task, compression), {})
+            _check_agreement(record, cell, examples)
+            into = found.setdefault((record.arm, task, compression), Measured())
+            _check_claim(into.sources.get(record.seed), record, task, compression)
+            into.sources[record.seed] = record
+            into.values[record.seed] = {
+                name: float("nan") if row[metric] is None else float(row[metric]) for name, row in examples.items()
+            }
+            if cell.get("measured_ratio") is not None:
+                into.ratios[record.seed] = float(cell["measured_ratio"])
+            if cell.get("data_fingerprint"):
+                into.fingerprints.add(cell["data_fingerprint"])
+    return found
+
+
+def _check_agreement(record: Record, cell: Mapping[str, Any], examples: Mapping[str, Mapping[str, Any]]) -> None:
+    where = f"{record.path}: {cell['task']} at {compression_label(cell['compression'])}"
+    if len(examples) != cell["n"] or not examples:
+        raise RecordError(f"{where} says n={cell['n']}, {OUTCOMES_FILE} holds {len(examples)} examples")
+    mean = sum(bool(row["exact"]) for row in examples.values()) / len(examples)
+    if abs(mean - cell["exact"]) > 1e-6:
+        raise RecordError(f"{where} says exact={cell['exact']}, the outcomes in {OUTCOMES_FILE} average {mean}")
+
+
+def _check_claim(before: Record | None, record: Record, task: str, compression: float | None) -> None:
+    if before is None:
+        return
+    what = f"arm '{record.arm}', seed {record.seed}, {task} at {compression_label(compression)}"
+    if before.id != record.id:
+        raise RecordError(
+            f"{before.path} and {record.path} are different experiments, and both give {what}; "
+            "give one another run.arm, or leave its folder out"
+        )
+    warnings.warn(
+        f"{what}: measured twice, {record.path} (later) is taken, {before.path} is not", TableWarning, stacklevel=3
+    )

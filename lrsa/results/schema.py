@@ -1,0 +1,125 @@
+"""What a record holds, and a check that names the field that does not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+VERSION = 1
+STATUSES = ("running", "finished", "failed")
+
+Number = (int, float)
+Text = (str,)
+MaybeNumber = (int, float, type(None))
+MaybeText = (str, type(None))
+MaybeList = (list, type(None))
+
+# A tuple: the types allowed. A mapping: its fields, `name?` if it may be absent; others are allowed. A list: of such
+# items.
+CELL: dict[str, Any] = {
+    "task": Text,
+    "compression": MaybeNumber,  # 1: full cache; null: no context, the floor
+    "n": (int,),
+    "exact": Number,  # fraction of examples
+    "exact_low": Number,
+    "exact_high": Number,
+    "nll": MaybeNumber,  # nats an answer token
+    "length?": MaybeNumber,  # prompt tokens
+    "slots?": MaybeNumber,  # KV slots a head holds after the prompt
+    "measured_ratio?": MaybeNumber,  # full cache / kept
+    "kv_bytes_per_layer?": MaybeList,
+    "kept_per_layer?": MaybeList,
+    "seconds?": MaybeNumber,
+    "tokens_per_second?": MaybeNumber,
+    "data_fingerprint?": MaybeText,
+}
+
+RECORD: dict[str, Any] = {
+    "schema": (int,),
+    "id": Text,  # hash of the resolved config: the same id is the same experiment
+    "status": Text,
+    "attempt": (int,),  # 1, and one more each time a run was started again in this folder
+    "command": Text,
+    "study": Text,
+    "arm": Text,
+    "seed": (int,),
+    "started": Text,  # UTC, ISO 8601
+    "finished": MaybeText,
+    "wall_s": MaybeNumber,
+    "config": (dict,),
+    "overrides": [Text],
+    "git": {"commit": MaybeText, "dirty": (bool, type(None))},
+    "versions": (dict,),
+    "hardware": (dict,),
+    "data": [{"name": Text, "fingerprint": Text, "n": (int,), "template": MaybeText}],
+    "training": (
+        dict,
+        type(None),
+    ),  # steps, tokens, seconds, step_ms_median, peak_memory_bytes, loss_curve {step, loss}
+    "metrics": (dict,),
+    "cells": [CELL],
+    "error": (dict, type(None)),  # type, message, traceback
+}
+
+OUTCOME: dict[str, Any] = {
+    "task": Text,
+    "id": Text,
+    "compression": MaybeNumber,
+    "exact": (bool,),
+    "nll": MaybeNumber,
+    "tokens": (int,),
+}
+
+
+def check(value: Any, spec: Any, field: str = "") -> None:
+    """Raises ValueError, naming the field and what it holds, where `value` is not as `spec` says."""
+    if isinstance(spec, tuple):
+        # bool is an int to Python, not to a reader of the record
+        if not isinstance(value, spec) or (isinstance(value, bool) and bool not in spec):
+            raise ValueError(f"field '{field}': expected {_names(spec)}, found {_shown(value)}")
+    elif isinstance(spec, list):
+        check(value, (list,), field)
+        for index, item in enumerate(value):
+            check(item, spec[0], f"{field}[{index}]")
+    else:
+        if not isinstance(value, Mapping):
+            raise ValueError(
+                f"field '{field}': expected a mapping, found {_shown(value)}"
+                if field
+                else f"expected a mapping, found {_shown(value)}"
+            )
+        for key, item_spec in spec.items():
+            name = key.removesuffix("?")
+            path = f"{field}.{name}" if field else name
+            if name in value:
+                check(value[name], item_spec, path)
+            elif name == key:
+                raise ValueError(f"field '{path}' is missing")
+
+
+def check_record(value: Any) -> None:
+    """Raises ValueError naming the field, for anything that is not a record of this version."""
+    check(value, {"schema": (int,)})
+    if value["schema"] != VERSION:
+        raise ValueError(f"field 'schema': this version of lrsa reads {VERSION}, found {value['schema']}")
+    check(value, RECORD)
+    if value["status"] not in STATUSES:
+        raise ValueError(f"field 'status': expected one of {', '.join(STATUSES)}, found {_shown(value['status'])}")
+
+
+def _names(spec: tuple[type, ...]) -> str:
+    words = {
+        str: "text",
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        list: "a list",
+        dict: "a mapping",
+        type(None): "null",
+    }
+    return " or ".join(words[kind] for kind in spec if not (kind is int and float in spec))
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

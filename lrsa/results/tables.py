@@ -1,0 +1,240 @@
+"""The train x inference table: how every post-trained arm does at every compression, and whether arms differ."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pandas as pd
+
+from lrsa.results.join import Joined, TableWarning, collect_cells
+from lrsa.results.record import Record, RecordError
+from lrsa.results.statistics import RESAMPLES, Interval
+from lrsa.results.store import compression_label, compression_order
+
+MISSING = "missing"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number every example has, and how it is printed: `scale` times the value, with `digits` decimals."""
+
+    name: str  # field of an outcome and of a cell
+    title: str
+    unit: str  # of a difference
+    scale: float = 1.0
+    digits: int = 2
+    higher_is_better: bool = True
+
+
+METRICS = {
+    "exact": Metric("exact", "exact match, %", "points", scale=100.0, digits=1),
+    "nll": Metric("nll", "answer NLL, nats a token", "nats", digits=3, higher_is_better=False),
+}
+
+
+@dataclass(frozen=True)
+class Column:
+    """An inference setting: `compression` as asked for (None: no context), `measured` ratios over its cells (full cache
+    / kept).
+    """
+
+    compression: float | None
+    measured: tuple[float, ...] = ()
+
+    @property
+    def label(self) -> str:
+        return compression_label(self.compression)
+
+    @property
+    def header(self) -> str:
+        """`floor`, `full`, `4x (3.37x)`, or `4x (3.30x to 3.37x)` where cells differ."""
+        shown = sorted({f"{ratio:.2f}x" for ratio in self.measured}, key=lambda text: float(text[:-1]))
+        if not shown or (self.label == "full" and shown == ["1.00x"]):
+            return self.label
+        return f"{self.label} ({shown[0]})" if len(shown) == 1 else f"{self.label} ({shown[0]} to {shown[-1]})"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """`interval` None: the cell was never measured. `best`: better than every other arm, each paired interval clear of
+    0.
+    """
+
+    interval: Interval | None = None
+    measured_ratio: float | None = None
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    task: str
+    arm: str
+    cells: tuple[Cell, ...]
+
+    @property
+    def size(self) -> str | None:
+        """`160` or `160 × 3 seeds` when all measured cells agree, else None: each cell then says its own."""
+        sizes = {cell.interval.size for cell in self.cells if cell.interval is not None}
+        return sizes.pop() if len(sizes) == 1 else None
+
+
+@dataclass(frozen=True)
+class ResultTable:
+    """`rows` task by task, arms in order; `differences` the same cells as arm minus `reference`, paired by example."""
+
+    title: str
+    metric: Metric
+    columns: tuple[Column, ...]
+    rows: tuple[Row, ...]
+    differences: tuple[Row, ...] = ()
+    reference: str | None = None
+    names: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    rebuild: str = "lrsa-table"
+
+    def name(self, key: str) -> str:
+        return self.names.get(key, key)
+
+    @property
+    def difference_title(self) -> str:
+        return f"difference to {self.name(self.reference or '')}, {self.metric.unit}"
+
+
+def build_table(
+    records: Sequence[Record],
+    *,
+    title: str = "Post-training x inference compression",
+    arms: Sequence[str] = (),
+    tasks: Sequence[str] = (),
+    reference: str | None = None,
+    names: Mapping[str, str] | None = None,
+    metric: str = "exact",
+    n_resamples: int = RESAMPLES,
+    seed: int = 0,
+    rebuild: str = "lrsa-table",
+) -> ResultTable:
+    """Join `records` into a table: seeds of an arm together, arms paired by example.
+
+    `arms` and `tasks` give rows and their order (default: all, arms by name, tasks as evaluated); one that no record
+    holds becomes `missing` cells. `reference` (default: the first arm) is what the differences are to. `names` are
+    display names. Raises ValueError for an unknown metric or reference and for arms scored on different examples;
+    RecordError where outcomes contradict the record's cells, two different experiments claim one cell, or nothing is
+    left.
+    """
+    if metric not in METRICS:
+        raise ValueError(f"unknown metric '{metric}'; choose from {', '.join(METRICS)}")
+    joined = Joined(collect_cells(records, metric, arms, tasks), n_resamples, seed)
+    arms = list(arms) or sorted({arm for arm, _, _ in joined.cells})
+    tasks = list(tasks) or list(dict.fromkeys(task for _, task, _ in joined.cells))
+    reference = reference if reference is not None else (arms[0] if len(arms) > 1 else None)
+    if reference is not None and reference not in arms:
+        raise ValueError(f"reference arm '{reference}' is not among the table's arms: {', '.join(arms)}")
+    if not joined.cells:
+        there = ", ".join(sorted({record.arm for record in records})) or "none"
+        raise RecordError(f"the records hold no cell of the arms and tasks asked for; arms there: {there}")
+    columns = _columns(joined)
+    rows, differences = [], []
+    for task in tasks:
+        best = {c: joined.best(arms, task, c.compression, METRICS[metric].higher_is_better) for c in columns}
+        for arm in arms:
+            keys = [(arm, task, column.compression) for column in columns]
+            ratios = [joined.cells[key].ratio if key in joined.cells else None for key in keys]
+            wins = [best[column] == arm for column in columns]
+            rows.append(Row(task, arm, tuple(map(Cell, map(joined.mean, keys), ratios, wins))))
+            if reference is not None and arm != reference:
+                gains = [joined.difference(key, reference) for key in keys]
+                differences.append(Row(task, arm, tuple(map(Cell, gains, ratios))))
+    table = ResultTable(
+        title=title,
+        metric=METRICS[metric],
+        columns=columns,
+        rows=tuple(rows),
+        differences=tuple(differences),
+        reference=reference,
+        names=dict(names or {}),
+        rebuild=rebuild,
+    )
+    return replace(table, notes=_notes(table, joined))
+
+
+def _columns(joined: Joined) -> tuple[Column, ...]:
+    ratios: dict[float | None, list[float]] = {}
+    for (_, _, compression), cell in joined.cells.items():
+        ratios.setdefault(compression, []).extend(cell.ratios.values())
+    return tuple(Column(c, tuple(ratios[c])) for c in sorted(ratios, key=compression_order))
+
+
+def _notes(table: ResultTable, joined: Joined) -> tuple[str, ...]:
+    cells = [cell for row in table.rows for cell in row.cells]
+    over = "examples and seeds" if any(c.interval and c.interval.seeds > 1 for c in cells) else "examples"
+    notes = [f"{table.metric.title[:1].upper()}{table.metric.title[1:]}, with its 95% interval over {over}."]
+    if any(column.measured for column in table.columns):
+        notes.append("In brackets after a compression: the measured ratio, full cache / kept.")
+    if any(column.compression is None for column in table.columns):
+        notes.append("Floor: the same model without the context.")
+    if any(cell.best for cell in cells):
+        notes.append("Bold: better than every other arm, each paired interval clear of 0.")
+    missing = sum(cell.interval is None for cell in cells)
+    if missing:
+        notes.append(f"{missing} of {len(cells)} cells are missing: no finished record holds them.")
+    prints: dict[tuple[str, float | None], set[str]] = {}
+    for (_, task, compression), measured in joined.cells.items():
+        prints.setdefault((task, compression), set()).update(measured.fingerprints)
+    for (task, compression), found in prints.items():
+        if len(found) > 1:
+            where = f"{task} at {compression_label(compression)}"
+            notes.append(f"The prompts of {where} were not the same in all runs: {len(found)} data fingerprints.")
+            warnings.warn(notes[-1], TableWarning, stacklevel=3)
+    return tuple(notes)
+
+
+def plot_frame(table: ResultTable) -> pd.DataFrame:
+    """The table's measured cells, seeds joined, as `figures.accuracy_figure` reads them; names are display names.
+
+    Raises ValueError for a table of another metric than exact match.
+    """
+    if table.metric.name != "exact":
+        raise ValueError(f"the figure shows exact match, this table holds {table.metric.name}")
+    rows = [
+        {
+            "task": table.name(row.task),
+            "arm": table.name(row.arm),
+            "column": column.label,
+            "compression": column.compression,
+            "measured_ratio": cell.measured_ratio,
+            "n": cell.interval.n,
+            "seeds": cell.interval.seeds,
+            "exact": cell.interval.mean,
+            "exact_low": cell.interval.low,
+            "exact_high": cell.interval.high,
+        }
+        for row in table.rows
+        for column, cell in zip(table.columns, row.cells, strict=True)
+        if cell.interval is not None
+    ]
+    frame = pd.DataFrame(rows)
+    frame[["compression", "measured_ratio"]] = frame[["compression", "measured_ratio"]].astype("float64")
+    return frame
+
+
+def rows_for_logging(cells: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One run's cells as flat rows for an experiment tracker: every row has the same keys; exact match in percent."""
+    return [
+        {
+            "task": cell["task"],
+            "compression": compression_label(cell["compression"]),
+            "measured_ratio": cell.get("measured_ratio"),
+            "exact_match": 100 * cell["exact"],
+            "low": 100 * cell["exact_low"],
+            "high": 100 * cell["exact_high"],
+            "n": cell["n"],
+            "nll": cell["nll"],
+            "length": cell.get("length"),
+            "slots": cell.get("slots"),
+            "kv_bytes": sum(cell.get("kv_bytes_per_layer") or []) or None,
+        }
+        for cell in cells
+    ]
