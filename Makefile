@@ -7,7 +7,7 @@ PIP_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
+PIP_INSTALL = $(BIN)/python -m pip install -qq --disable-pip-version-check $(PIP_ARGS) -c constraints.txt
 
 # -- make demo: one Hydra multirun, then the table and the figure of what it measured
 DEMO_RUNS := multirun/demo/$(shell date +%Y-%m-%d_%H-%M-%S)
