@@ -189,12 +189,34 @@ class TableConf:
     arms: list[str] = field(default_factory=list)  # rows in this order; []: all, by name
     reference: str | None = None  # arm that differences are to; default: the first
     tasks: list[str] = field(default_factory=list)
-    names: dict[str, str] | None = None  # of arms and tasks, as displayed
+    names: Any = None  # {arm or task: as displayed}; Any, for Hydra refuses new keys of a typed mapping without a `+`
     metric: str = "exact"  # or nll
     formats: list[str] = field(default_factory=lambda: ["markdown", "latex", "csv"])
     figure: bool = True
     bootstrap: int = 10_000
     rebuild: str | None = None  # the command that generated files name; default: this one
+
+
+@dataclass
+class BenchConf:
+    """`lrsa-bench`: speed and memory against dense attention."""
+
+    run: RunConf = field(default_factory=RunConf)
+    mode: str = "kernels"  # or step: a whole training step
+    device: str = "auto"  # cpu, cuda
+    dtype: str = "float32"
+    lengths: list[int] = field(default_factory=lambda: [8192])
+    lags: list[int] = field(default_factory=lambda: [128, 1024])
+    compressions: list[float] = field(default_factory=lambda: [4])
+    sink_size: int = 16
+    scorer: str = "lag_relative"
+    backends: list[str] = field(default_factory=lambda: ["gather"])
+    batch_size: int = 1
+    query_heads: int = 9
+    key_value_heads: int = 3
+    head_dim: int = 64
+    rounds: int = 5
+    model: ModelConf = field(default_factory=ModelConf)  # of mode=step
 
 
 def config_dir() -> Path:
@@ -216,3 +238,4 @@ def register_configs() -> None:
     store.store(name="train_schema", node=TrainConf)
     store.store(name="eval_schema", node=EvalConf)
     store.store(name="table_schema", node=TableConf)
+    store.store(name="bench_schema", node=BenchConf)

@@ -1,0 +1,94 @@
+"""`lrsa-eval`: score a checkpoint over the grid of tasks and compressions."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import hydra
+import torch
+from lightning import seed_everything
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from lrsa.config import EvalConf, config_dir, register_configs
+from lrsa.evaluation import evaluate
+from lrsa.models import build_model, build_tokenizer
+from lrsa.results import Record
+from lrsa.tracking import (
+    finish_wandb,
+    log_results,
+    plain,
+    results_figure,
+    results_table,
+    start_wandb,
+    summary_metrics,
+    task_overrides,
+)
+from lrsa.training import resolve_device
+from lrsa.validation import check_context_window, check_eval
+
+log = logging.getLogger(__name__)
+register_configs()
+
+
+@hydra.main(config_path=str(config_dir()), config_name="eval", version_base=None)
+def main(config: DictConfig) -> None:
+    """Hydra entry."""
+    conf = OmegaConf.to_object(config)
+    assert isinstance(conf, EvalConf)
+    run_evaluation(conf, overrides=task_overrides())
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # the jobs of a multirun share the process
+
+
+def run_evaluation(conf: EvalConf, overrides: Sequence[str] = ()) -> Record:
+    """Validate, record, score, in `conf.run.output_dir`; returns the finished record.
+
+    Raises:
+        ConfigError: settings that cannot work, before anything is written.
+        Exception: whatever went wrong later, after the record and the W&B run were marked as failed.
+    """
+    check_eval(conf)
+    if conf.run.threads is not None:
+        torch.set_num_threads(conf.run.threads)
+    config = plain(conf)
+    with Record.start(
+        conf.run.output_dir,
+        command="lrsa-eval",
+        study=conf.run.study,
+        arm=conf.run.arm or conf.run.name,
+        seed=conf.run.seed,
+        config=config,
+        overrides=overrides,
+    ) as record:
+        logger = start_wandb(conf.logger, conf.run, config)
+        try:
+            seed_everything(conf.run.seed, verbose=False)
+            tokenizer = build_tokenizer(conf.model)
+            # Each cell applies its own attention; what the checkpoint was trained with plays no part here.
+            model = build_model(conf.model, None).to(resolve_device(conf.trainer))
+            check_context_window(model.config, conf.evaluation.length)
+            cells, outcomes = evaluate(
+                model,
+                tokenizer,
+                conf.evaluation,
+                conf.evaluation.length,
+                progress=conf.trainer.progress,
+                on_data=lambda facts: record.update(data=[facts]),
+            )
+            metrics = summary_metrics(cells)
+            record.finish(metrics, cells, outcomes)
+            log_results(logger, metrics, cells, results_figure(record))
+        except BaseException as error:
+            finish_wandb(logger, error)
+            raise
+        finish_wandb(logger)
+    if cells:
+        Console().print(results_table(record))
+    log.info("record: %s", record.path)
+    return record
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""W&B: one run for each record, offline unless told otherwise. Results never depend on it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import wandb
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from lightning.pytorch.loggers import WandbLogger
+from matplotlib.figure import Figure
+from omegaconf import OmegaConf
+from rich.console import RenderableType
+
+from lrsa.config import LoggerConf, RunConf
+from lrsa.results import Record, build_table, cells_frame, rows_for_logging
+from lrsa.results.figures import accuracy_figure
+from lrsa.results.formats import to_console
+
+
+def task_overrides() -> list[str]:
+    """The overrides on the command line, as Hydra knows them; none outside a Hydra job."""
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+
+
+def sweep_name() -> str | None:
+    """The sweep folder's name in a Hydra multirun, else None."""
+    if not HydraConfig.initialized():
+        return None
+    hydra = HydraConfig.get()
+    return Path(hydra.sweep.dir).name if hydra.mode == RunMode.MULTIRUN else None
+
+
+def start_wandb(conf: LoggerConf, run: RunConf, config: Mapping[str, Any]) -> WandbLogger | None:
+    """A W&B run in `<run folder>/wandb`, as Lightning's logger; None where `logger.wandb` is off."""
+    if not conf.wandb or conf.mode == "disabled":
+        return None
+    started = wandb.init(
+        dir=run.output_dir,
+        mode=conf.mode,  # type: ignore[arg-type]  # checked by lrsa.validation
+        project=conf.project,
+        entity=conf.entity,
+        group=conf.group or sweep_name(),
+        name=f"{run.name}-seed{run.seed}",
+        job_type=run.study,
+        tags=[*conf.tags, run.study, run.arm],
+        config=dict(config),
+        settings=wandb.Settings(silent=True, console="off", x_disable_stats=conf.mode == "offline"),
+    )
+    started.define_metric("trainer/global_step", hidden=True)
+    started.define_metric("train/*", step_metric="trainer/global_step")
+    return WandbLogger(experiment=started, save_dir=run.output_dir)
+
+
+def log_results(
+    logger: WandbLogger | None,
+    metrics: Mapping[str, Any],
+    cells: Sequence[Mapping[str, Any]],
+    figure: Figure | None = None,
+) -> None:
+    """Summary metrics, one table row a cell, and the figure (matplotlib)."""
+    if logger is None:
+        return
+    run = logger.experiment
+    run.summary.update(dict(metrics))
+    rows = rows_for_logging(cells)
+    if rows:
+        columns = list(rows[0])
+        run.log({"results": wandb.Table(columns=columns, data=[[row[name] for name in columns] for row in rows])})
+    if figure is not None:
+        run.log({"figure": wandb.Image(figure)})
+
+
+def finish_wandb(logger: WandbLogger | None, error: BaseException | None = None) -> None:
+    """Close the run; W&B lists it as failed if there was an `error`."""
+    if logger is None:
+        return
+    if error is not None:
+        logger.experiment.summary["error"] = f"{type(error).__name__}: {error}"
+    logger.experiment.finish(exit_code=0 if error is None else 1)
+
+
+def summary_metrics(cells: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """`exact/<task>/<column>` (a fraction) and `nll/<task>/<column>`, with columns floor, full, 2x, 4x, ..."""
+    return {
+        f"{name}/{row['task']}/{row['compression']}": cell[name]
+        for cell, row in zip(cells, rows_for_logging(cells), strict=True)
+        for name in ("exact", "nll")
+        if cell[name] is not None
+    }
+
+
+def results_figure(record: Record) -> Figure | None:
+    """Exact match against the measured ratio of one finished run; None without cells."""
+    return accuracy_figure(cells_frame([record])) if record.cells else None
+
+
+def results_table(record: Record) -> RenderableType:
+    """The finished run's cells as a table for the terminal."""
+    return to_console(build_table([record], title=f"{record.study}: {record.arm}, seed {record.seed}"))
+
+
+def plain(conf: Any) -> dict[str, Any]:
+    """A structured config as plain containers, with every field resolved."""
+    values = OmegaConf.to_container(OmegaConf.structured(conf), resolve=True)
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}

@@ -1,0 +1,158 @@
+"""`lrsa-train`: post-train a model, save it, and score it over the grid of tasks and compressions."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from lightning import seed_everything
+from lightning.pytorch.loggers import WandbLogger
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from lrsa.attention import from_conf
+from lrsa.config import TrainConf, config_dir, register_configs
+from lrsa.data import LRSADataModule
+from lrsa.evaluation import evaluate
+from lrsa.models import build_model, build_tokenizer
+from lrsa.results import Record, downsample
+from lrsa.tracking import (
+    finish_wandb,
+    log_results,
+    plain,
+    results_figure,
+    results_table,
+    start_wandb,
+    summary_metrics,
+    task_overrides,
+)
+from lrsa.training import PostTraining, TrainingResult, find_checkpoint, fit, resolve_device, save_model
+from lrsa.training.lora import add_lora, merge_lora
+from lrsa.training.module import parameter_counts
+from lrsa.validation import check_context_window, check_train
+
+log = logging.getLogger(__name__)
+register_configs()
+
+# What a resumed run must share with the one that it continues; paths of caches and the like may change.
+IDENTITY = ("model", "attention", "data", "recipe")
+NOT_IDENTITY = {"model": ("gradient_checkpointing",), "data": ("cache_dir", "workers"), "recipe": ("name",)}
+
+
+@hydra.main(config_path=str(config_dir()), config_name="train", version_base=None)
+def main(config: DictConfig) -> float | None:
+    """Hydra entry; returns what `run_training` returns, for sweepers that optimise."""
+    conf = OmegaConf.to_object(config)
+    assert isinstance(conf, TrainConf)
+    try:
+        return run_training(conf, overrides=task_overrides())
+    finally:
+        # The jobs of a multirun share the process: the next one needs this one's memory.
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def run_training(conf: TrainConf, overrides: Sequence[str] = ()) -> float | None:
+    """Validate, record, train, save, evaluate, in `conf.run.output_dir`.
+
+    Returns:
+        Mean exact match (a fraction) over the compressed cells, or over the full ones where none is compressed; None
+        without tasks.
+
+    Raises:
+        ConfigError: settings that cannot work, before anything is written.
+        Exception: whatever went wrong later, after the record and the W&B run were marked as failed.
+    """
+    check_train(conf)
+    if conf.run.threads is not None:
+        torch.set_num_threads(conf.run.threads)
+    config = plain(conf)
+    with Record.start(
+        conf.run.output_dir,
+        command="lrsa-train",
+        study=conf.run.study,
+        arm=conf.run.arm or conf.recipe.name,
+        seed=conf.run.seed,
+        config=config,
+        overrides=overrides,
+    ) as record:
+        logger = start_wandb(conf.logger, conf.run, config)
+        try:
+            result = _train_and_evaluate(conf, config, record, logger)
+        except BaseException as error:
+            finish_wandb(logger, error)
+            raise
+        finish_wandb(logger)
+    return result
+
+
+def _train_and_evaluate(
+    conf: TrainConf, config: Mapping[str, Any], record: Record, logger: WandbLogger | None
+) -> float | None:
+    folder = Path(conf.run.output_dir)
+    seed_everything(conf.run.seed, verbose=False)
+    attention = from_conf(conf.attention)
+    tokenizer = build_tokenizer(conf.model)
+    data = LRSADataModule(conf.data, tokenizer, conf.recipe, conf.run.seed)
+    data.setup()
+    record.update(data=data.describe())
+    model = build_model(conf.model, attention)
+    check_context_window(model.config, conf.data.length)
+    adapter = None if conf.model.lora is None else add_lora(model, conf.model.lora)
+
+    module = PostTraining(model, attention, conf.recipe, conf.run.seed, identity=_identity(conf, config))
+    resume = None if conf.resume is None else find_checkpoint(conf.resume)
+    trained = fit(module, data, conf.trainer, folder, logger=logger, resume=resume)
+    record.update(training={**_training_facts(trained), "parameters": parameter_counts(model)})
+    if adapter is not None and not conf.trainer.save_model:
+        model = merge_lora(adapter)
+    if conf.trainer.save_model:
+        model = save_model(model, tokenizer, folder / "model", attention, adapter)
+        log.info("model: %s", folder / "model")
+
+    model.to(resolve_device(conf.trainer))
+    cells, outcomes = evaluate(
+        model,
+        tokenizer,
+        conf.evaluation,
+        conf.data.length,
+        progress=conf.trainer.progress,
+        on_data=lambda facts: record.update(data=[facts]),
+    )
+    metrics = summary_metrics(cells)
+    record.finish(metrics, cells, outcomes)
+    log_results(logger, metrics, cells, results_figure(record))
+    if cells:
+        Console().print(results_table(record))
+    log.info("record: %s", record.path)
+    return headline(cells)
+
+
+def headline(cells: Sequence[Mapping[str, Any]]) -> float | None:
+    """Mean exact match over compressed cells (else over full ones): one number for a sweeper to maximise."""
+    compressed = [cell["exact"] for cell in cells if cell["compression"] is not None and cell["compression"] > 1]
+    chosen = compressed or [cell["exact"] for cell in cells if cell["compression"] is not None]
+    return sum(chosen) / len(chosen) if chosen else None
+
+
+def _training_facts(trained: TrainingResult) -> dict[str, Any]:
+    curve = downsample([entry["step"] for entry in trained.history], [entry["loss"] for entry in trained.history])
+    return {**trained.summary, "loss_curve": curve}
+
+
+def _identity(conf: TrainConf, config: Mapping[str, Any]) -> dict[str, Any]:
+    shared = {
+        group: {name: value for name, value in config[group].items() if name not in NOT_IDENTITY.get(group, ())}
+        for group in IDENTITY
+    }
+    return {**shared, "seed": conf.run.seed, "precision": conf.trainer.precision}
+
+
+if __name__ == "__main__":
+    main()

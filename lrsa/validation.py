@@ -1,0 +1,261 @@
+"""Checks across the fields of a whole config, before a model or a data set is touched.
+
+Hydra has checked names and types by then. All problems are reported at once, each with the values and the fix.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from lrsa.attention import SparseAttentionConfig, from_conf
+from lrsa.config import (
+    AttentionConf,
+    DataConf,
+    EvalConf,
+    EvaluationConf,
+    ExamplesConf,
+    LoggerConf,
+    ModelConf,
+    RecipeConf,
+    TrainConf,
+    TrainerConf,
+)
+from lrsa.data.prompts import PROMPTS
+from lrsa.data.sources import SOURCES, source_args
+from lrsa.training import find_checkpoint, micro_batches
+
+PRECISIONS = ("32-true", "bf16-mixed")
+ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
+WANDB_MODES = ("online", "offline", "disabled", "shared")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+class ConfigError(ValueError):
+    """One or more settings that cannot work, alone or together; the message lists them all."""
+
+
+class ConfigWarning(UserWarning):
+    """A setting that works, but hardly as meant."""
+
+
+def check_train(conf: TrainConf) -> None:
+    """Raises ConfigError listing every problem of an `lrsa-train` config; warns of what runs but looks wrong."""
+    problems = [
+        *_model(conf.model),
+        *_attention("attention", conf.attention),
+        *_data(conf.data),
+        *_recipe(conf.recipe, conf.attention),
+        *_trainer(conf.trainer),
+        *_logger(conf.logger),
+        *_evaluation(conf.evaluation, conf.data.length),
+    ]
+    if conf.resume is not None:
+        problems += _raised("", lambda: find_checkpoint(conf.resume or ""))
+    _report(problems)
+    _warn_if_dense("attention", conf.attention, "data.length", conf.data.length, conf.recipe.compressions or [4])
+    _warn_evaluation(conf.evaluation, conf.data.length)
+
+
+def check_eval(conf: EvalConf) -> None:
+    """Raises ConfigError listing every problem of an `lrsa-eval` config; warns of what runs but looks wrong."""
+    _report(
+        [
+            *_model(conf.model),
+            *_trainer(conf.trainer),
+            *_logger(conf.logger),
+            *_evaluation(conf.evaluation, None),
+        ]
+    )
+    _warn_evaluation(conf.evaluation, None)
+
+
+def check_context_window(model_config: Any, length: int | None) -> None:
+    """Warn when samples are longer than what the loaded model's positions were made for."""
+    window = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    if window is not None and length is not None and length > window:
+        warnings.warn(
+            f"samples of {length} tokens exceed the model's max_position_embeddings={window}: shorten data.length, or "
+            "extend it with model.rope_scaling={rope_type: yarn, factor: ...}",
+            ConfigWarning,
+            stacklevel=2,
+        )
+
+
+def _report(problems: Sequence[str]) -> None:
+    if problems:
+        raise ConfigError(
+            "\n".join([f"{len(problems)} setting(s) cannot work:", *(f"  - {line}" for line in problems)])
+        )
+
+
+def _raised(where: str, function: Callable[[], object]) -> list[str]:
+    try:
+        function()
+    except (ValueError, FileNotFoundError) as error:
+        return [f"{where}: {error}" if where else str(error)]
+    return []
+
+
+def _model(conf: ModelConf) -> Iterator[str]:
+    if conf.dtype not in DTYPES:
+        yield f"model.dtype={conf.dtype!r} is unknown; choose one of {', '.join(DTYPES)}"
+    if conf.config is not None and "model_type" not in conf.config:
+        yield f"model.config={conf.config} lacks model_type (llama, qwen2, ...), which says what the fields mean"
+    if conf.config is not None and conf.gguf_file is not None:
+        yield f"model.config asks for fresh weights, model.gguf_file={conf.gguf_file} for stored ones: give one of them"
+    if conf.lora is not None and conf.lora.rank < 1:
+        yield f"model.lora.rank={conf.lora.rank}: at least 1, or model.lora=null for full weights"
+
+
+def _attention(where: str, conf: AttentionConf) -> list[str]:
+    return _raised(where, lambda: from_conf(conf))
+
+
+def _examples(where: str, conf: ExamplesConf) -> Iterator[str]:
+    if conf.source not in SOURCES:
+        yield f"{where}.source={conf.source!r} is unknown; choose one of {', '.join(sorted(SOURCES))}"
+    else:
+        source = SOURCES[conf.source]
+        if source.read is not None and source.path is None and conf.path is None:
+            yield f"{where}.source={conf.source} needs {where}.path: a hub name, a local folder or a file"
+        yield from _raised(where, lambda: source_args(conf))
+    if conf.questions < 1:
+        yield f"{where}.questions={conf.questions}: questions a context, at least 1"
+    if conf.limit is not None and conf.limit < 1:
+        yield f"{where}.limit={conf.limit}: number of samples, at least 1, or null for all"
+    if conf.prompt not in PROMPTS:
+        yield f"{where}.prompt={conf.prompt!r} is unknown; choose one of {', '.join(PROMPTS)}"
+
+
+def _data(conf: DataConf) -> Iterator[str]:
+    if conf.length < 2:
+        yield f"data.length={conf.length}: tokens a sample, at least 2"
+    if not conf.parts:
+        yield "data.parts is empty: a mixture needs at least one part (see conf/data)"
+    for name, part in conf.parts.items():
+        yield from _examples(f"data.parts.{name}", part)
+        if part.weight < 0:
+            yield f"data.parts.{name}.weight={part.weight}: a share of the mixture, not below 0"
+    if conf.parts and not sum(part.weight for part in conf.parts.values()) > 0:
+        yield "data.parts: all weights are 0, so no part can be drawn"
+
+
+def _recipe(conf: RecipeConf, attention: AttentionConf) -> Iterator[str]:
+    for name, least in (
+        ("steps", 1),
+        ("warmup_steps", 0),
+        ("weight_decay", 0),
+        ("gradient_clip", 0),
+        ("min_learning_rate", 0),
+    ):
+        if getattr(conf, name) < least:
+            yield f"recipe.{name}={getattr(conf, name)}: at least {least}"
+    yield from _raised("", lambda: micro_batches(conf.batch_size, conf.micro_batch_size))
+    if not conf.learning_rate > 0:
+        yield f"recipe.learning_rate={conf.learning_rate}: above 0"
+    elif conf.min_learning_rate > conf.learning_rate:
+        yield (
+            f"recipe.min_learning_rate={conf.min_learning_rate} is above recipe.learning_rate={conf.learning_rate}, "
+            "but the cosine falls from the latter to the former"
+        )
+    if conf.warmup_steps > conf.steps:
+        yield f"recipe.warmup_steps={conf.warmup_steps} exceeds recipe.steps={conf.steps}: the rate never peaks"
+    if len(conf.betas) != 2 or not all(0 <= beta < 1 for beta in conf.betas):
+        yield f"recipe.betas={conf.betas}: two numbers in [0, 1)"
+    yield from _compressions("recipe.compressions", conf.compressions)
+    if conf.compressions and attention.scorer == "dense":
+        yield (
+            f"recipe.compressions={conf.compressions} draws a compression a step, but attention.scorer=dense keeps "
+            "everything: choose a sparse attention (attention=lag_relative), or recipe.compressions=[]"
+        )
+
+
+def _compressions(where: str, factors: Sequence[float]) -> Iterator[str]:
+    low = [factor for factor in factors if factor < 1]
+    if low:
+        yield f"{where}={list(factors)}: {low} is below 1; 4 means that a quarter is kept, 1 the full cache"
+
+
+def _trainer(conf: TrainerConf) -> Iterator[str]:
+    if conf.precision not in PRECISIONS:
+        yield f"trainer.precision={conf.precision!r} is unknown; choose one of {', '.join(PRECISIONS)}"
+    if conf.accelerator not in ACCELERATORS:
+        yield f"trainer.accelerator={conf.accelerator!r} is unknown; choose one of {', '.join(ACCELERATORS)}"
+    cuda = torch.cuda.is_available()
+    if conf.accelerator == "cuda" and not cuda:
+        yield "trainer.accelerator=cuda, but torch sees no CUDA device: use trainer=cpu, or a CUDA build of torch"
+    elif conf.accelerator == "gpu" and not cuda and not torch.backends.mps.is_available():
+        yield "trainer.accelerator=gpu, but torch sees no GPU: use trainer=cpu, or install a CUDA build of torch"
+    elif (
+        conf.precision == "bf16-mixed"
+        and conf.accelerator != "cpu"
+        and cuda
+        and not torch.cuda.is_bf16_supported(False)
+    ):
+        yield (
+            f"trainer.precision=bf16-mixed, but {torch.cuda.get_device_name()} has no bfloat16 arithmetic: "
+            "use trainer.precision=32-true"
+        )
+    if conf.devices != 1:
+        yield f"trainer.devices={conf.devices}: one process trains on one device; run arms side by side on several"
+    for name in ("log_every", "checkpoint_every"):
+        if getattr(conf, name) < 1:
+            yield f"trainer.{name}={getattr(conf, name)}: optimiser steps, at least 1"
+
+
+def _logger(conf: LoggerConf) -> Iterator[str]:
+    if conf.mode not in WANDB_MODES:
+        yield f"logger.mode={conf.mode!r} is unknown; choose one of {', '.join(WANDB_MODES)}"
+
+
+def _evaluation(conf: EvaluationConf, length: int | None) -> Iterator[str]:
+    yield from _attention("evaluation.attention", conf.attention)
+    yield from _compressions("evaluation.compressions", conf.compressions)
+    if len(set(conf.compressions)) != len(conf.compressions):
+        yield f"evaluation.compressions={list(conf.compressions)} repeats a value"
+    if conf.attention.scorer == "dense" and any(factor != 1 for factor in conf.compressions):
+        yield (
+            f"evaluation.attention.scorer=dense cannot compress, but evaluation.compressions="
+            f"{list(conf.compressions)}: choose a sparse attention@evaluation.attention, or evaluation.compressions=[1]"
+        )
+    if conf.precision not in PRECISIONS:
+        yield f"evaluation.precision={conf.precision!r} is unknown; choose one of {', '.join(PRECISIONS)}"
+    if conf.batch_size < 1:
+        yield f"evaluation.batch_size={conf.batch_size}: samples a forward pass, at least 1"
+    if conf.bootstrap < 100:
+        yield f"evaluation.bootstrap={conf.bootstrap}: resamples, at least 100 (10,000 for two digits)"
+    if conf.length is None and length is None:
+        yield "evaluation.length is not set: tokens a prompt with its answer"
+    for name, task in conf.tasks.items():
+        yield from _examples(f"evaluation.tasks.{name}", task)
+
+
+def _warn_evaluation(conf: EvaluationConf, length: int | None) -> None:
+    _warn_if_dense(
+        "evaluation.attention", conf.attention, "evaluation.length", conf.length or length or 0, conf.compressions
+    )
+
+
+def _warn_if_dense(where: str, conf: AttentionConf, name: str, length: int, factors: Sequence[float]) -> None:
+    attention: SparseAttentionConfig | None = from_conf(conf)
+    if attention is None or all(factor == 1 for factor in factors):
+        return
+    first = conf.sink_size + 2 * conf.lag_size
+    if length <= first:
+        warnings.warn(
+            f"{name}={length} never compresses: {where} keeps the first sink_size + 2 * lag_size = {conf.sink_size} + "
+            f"2 * {conf.lag_size} = {first} tokens, so everything is dense; lengthen the samples or lower lag_size",
+            ConfigWarning,
+            stacklevel=4,
+        )
+    empty = [factor for factor in factors if factor > conf.lag_size]
+    if empty:
+        warnings.warn(
+            f"compressions {empty} keep nothing of a partition of {where}.lag_size={conf.lag_size} tokens",
+            ConfigWarning,
+            stacklevel=4,
+        )
