@@ -10,6 +10,7 @@ os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("MPLBACKEND", "agg")
+os.environ.pop("LRSA_DATA", None)  # a stand-in for hub data sets: tests name their data
 # One thread a pytest-xdist worker; OMP_NUM_THREADS in the environment wins.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")

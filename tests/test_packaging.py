@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -114,7 +115,11 @@ def test_make_targets_build_the_environment_first(target: str, tmp_path: Path) -
     planned = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout
     lines = planned.splitlines()
     (install,) = [i for i, line in enumerate(lines) if "-e '.[dev]'" in line]
-    uses = [i for i, line in enumerate(lines) if line.startswith(".venv/bin/") and "pip install" not in line]
+    uses = [
+        i
+        for i, line in enumerate(lines)
+        if re.search(r"(^|\s)\.venv/bin/", line) and not re.search("pip install|test -x", line)
+    ]
     assert "-c constraints.txt" in lines[install]
     assert uses and min(uses) > install
 
