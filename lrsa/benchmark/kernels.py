@@ -1,0 +1,143 @@
+"""Sparse against dense attention, forward and forward+backward; a correctness gate stands before each number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from lrsa.attention import SparseAttentionConfig, kept_tokens, sparse_attention
+from lrsa.benchmark.timing import compare, peak_memory
+from lrsa.config import BenchConf
+
+# The gate compares at a length where the reference, O(T^2) memory, is cheap; the kernels know no length.
+GATE_LENGTH = 1500
+
+
+def run(conf: BenchConf, device: torch.device) -> Iterator[dict[str, Any]]:
+    """One row a geometry and backend: times in ms, speed-up over dense, and the ideal one by attended pairs."""
+    for length in conf.lengths:
+        inputs = _inputs(conf, length, device)
+        dense = {name: _dense(inputs, backend) for name, backend in _dense_backends(inputs).items()}
+        for lag in conf.lags:
+            for compression in conf.compressions:
+                config = SparseAttentionConfig(
+                    scorer=conf.scorer, sink_size=conf.sink_size, lag_size=lag, keep_ratio=1 / compression
+                )
+                for backend in conf.backends:
+                    error, allowed = gate(conf, config, backend, device)
+                    row: dict[str, Any] = {"length": length, "lag": lag, "compression": compression, "backend": backend}
+                    row |= {
+                        "error": error,
+                        "allowed_error": allowed,
+                        "gate": "passed" if error <= allowed else "FAILED",
+                    }
+                    if error <= allowed:
+                        row |= _timed(conf, config, backend, inputs, dense)
+                    yield row
+
+
+def gate(conf: BenchConf, config: SparseAttentionConfig, backend: str, device: torch.device) -> tuple[float, float]:
+    """Largest relative error of output and the three gradients against float64, and what is allowed.
+
+    A fast path may err at most twice as much as the float32 reference does on the same inputs in ``conf.dtype``, the
+    selection being the same; a floor of a few roundings keeps tiny numbers from failing it.
+    """
+    length = min(GATE_LENGTH, 4 * config.lag_size + config.sink_size + 37)
+    inputs = _inputs(replace(conf, batch_size=1), length, device)
+    kept = kept_tokens(inputs[1], inputs[2], config, query=inputs[0])
+    exact = _gradients(tuple(x.double() for x in inputs), config, kept, "reference")
+    plain = _gradients(inputs, config, kept, "reference")
+    fast = _gradients(inputs, config, kept, backend)
+    # The reference rounds once, at the end; a kernel in this dtype rounds the attention weights too.
+    floor = 4 * torch.finfo(inputs[0].dtype).eps
+    return _error(fast, exact), max(2 * _error(plain, exact), floor)
+
+
+def _timed(
+    conf: BenchConf,
+    config: SparseAttentionConfig,
+    backend: str,
+    inputs: tuple[Tensor, ...],
+    dense: dict[str, Callable[[], Tensor]],
+) -> dict[str, Any]:
+    device = inputs[0].device
+
+    query, key, value = inputs[:3]
+
+    def sparse() -> Tensor:
+        return sparse_attention(query, key, value, config, backend=backend)
+
+    functions = {**dense, "sparse": sparse}
+    with torch.no_grad():
+        forward = compare(functions, conf.rounds, device)
+    both = compare({name: _backward(f, inputs) for name, f in functions.items()}, conf.rounds, device)
+    row: dict[str, Any] = {}
+    for name, times in (("forward", forward), ("forward_backward", both)):
+        best = min((n for n in times if n != "sparse"), key=lambda n: times[n].median)
+        row[name] = {n: vars(t) for n, t in times.items()}
+        row[f"{name}_dense"] = best
+        row[f"{name}_speedup"] = times[best].median / times["sparse"].median
+    tokens = inputs[0].shape[2]
+    row["ideal_speedup"] = tokens * (tokens + 1) / 2 / config.geometry.pairs(tokens)
+    row["peak_memory"] = peak_memory(_backward(sparse, inputs), device)
+    row["peak_memory_dense"] = peak_memory(_backward(dense[row["forward_backward_dense"]], inputs), device)
+    return row
+
+
+def _inputs(conf: BenchConf, length: int, device: torch.device) -> tuple[Tensor, ...]:
+    """Query, key, value and the output's gradient, from a seed."""
+    generator = torch.Generator().manual_seed(conf.run.seed)
+    heads = (conf.query_heads, conf.key_value_heads, conf.key_value_heads, conf.query_heads)
+    shapes = [(conf.batch_size, h, length, conf.head_dim) for h in heads]
+    dtype = getattr(torch, conf.dtype)
+    made = [torch.randn(s, generator=generator, dtype=torch.float32).to(device, dtype) for s in shapes]
+    return (*(x.requires_grad_() for x in made[:3]), made[3])
+
+
+def _dense_backends(inputs: tuple[Tensor, ...]) -> dict[str, SDPBackend | None]:
+    """Every dense kernel that runs here; the row names the fastest."""
+    if inputs[0].device.type != "cuda":
+        return {"sdpa": None}
+    found: dict[str, SDPBackend | None] = {}
+    for name, backend in (("cudnn", SDPBackend.CUDNN_ATTENTION), ("flash", SDPBackend.FLASH_ATTENTION)):
+        try:
+            _backward(_dense(inputs, backend), inputs)()
+            found[name] = backend
+        except RuntimeError:  # not built in, or not for this shape and dtype
+            continue
+    return found or {"sdpa": None}
+
+
+def _dense(inputs: tuple[Tensor, ...], backend: SDPBackend | None) -> Callable[[], Tensor]:
+    query, key, value = inputs[:3]
+
+    def attend() -> Tensor:
+        grouped = query.shape[1] != key.shape[1]
+        if backend is None:
+            return scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
+        with sdpa_kernel(backend):
+            return scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
+
+    return attend
+
+
+def _backward(function: Callable[[], Tensor], inputs: tuple[Tensor, ...]) -> Callable[[], object]:
+    return lambda: torch.autograd.grad(function(), inputs[:3], inputs[3])
+
+
+def _gradients(
+    inputs: tuple[Tensor, ...], config: SparseAttentionConfig, kept: Tensor, backend: str
+) -> tuple[Tensor, ...]:
+    query, key, value = (x.detach().requires_grad_() for x in inputs[:3])
+    out = sparse_attention(query, key, value, config, kept=kept, backend=backend)
+    return out.detach(), *torch.autograd.grad(out, (query, key, value), inputs[3])
+
+
+def _error(found: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> float:
+    return max(float((f.double() - e).norm() / e.norm()) for f, e in zip(found, exact, strict=True))

@@ -1,0 +1,71 @@
+"""A whole training step, dense against sparse: forward, loss on answer tokens, backward, optimiser."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from lrsa.attention import SparseAttentionConfig
+from lrsa.benchmark.timing import compare, peak_memory
+from lrsa.config import BenchConf
+from lrsa.models import build_model, set_attention, target_logits
+
+
+def run(conf: BenchConf, device: torch.device) -> Iterator[dict[str, Any]]:
+    """One row a length and compression: ms a step, tokens/s, peak bytes, and the ratio to the dense step."""
+    model = build_model(conf.model, None).to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=device.type == "cuda" or None)
+    for length in conf.lengths:
+        batch = _batch(conf, length, model.config.vocab_size, device)
+        for lag in conf.lags:
+            for compression in conf.compressions:
+                sparse = SparseAttentionConfig(
+                    scorer=conf.scorer, sink_size=conf.sink_size, lag_size=lag, keep_ratio=1 / compression
+                )
+                steps = {
+                    "dense": _step(conf, model, None, optimizer, batch, device),
+                    "sparse": _step(conf, model, sparse, optimizer, batch, device),
+                }
+                times = compare(steps, conf.rounds, device)
+                tokens = conf.batch_size * length
+                row: dict[str, Any] = {"length": length, "lag": lag, "compression": compression}
+                row |= {"batch_size": conf.batch_size, "step": {name: vars(t) for name, t in times.items()}}
+                row["step_ratio"] = times["sparse"].median / times["dense"].median
+                row["tokens_per_second"] = {name: 1e3 * tokens / t.median for name, t in times.items()}
+                row["peak_memory"] = {name: peak_memory(step, device) for name, step in steps.items()}
+                yield row
+
+
+def _batch(conf: BenchConf, length: int, vocabulary: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random tokens, the last 64 of each row as targets: about what eight short answers come to."""
+    generator = torch.Generator().manual_seed(conf.run.seed)
+    ids = torch.randint(vocabulary, (conf.batch_size, length), generator=generator)
+    targets = torch.zeros_like(ids, dtype=torch.bool)
+    targets[:, -min(64, length - 1) :] = True
+    return ids.to(device), targets.to(device)
+
+
+def _step(
+    conf: BenchConf,
+    model: torch.nn.Module,
+    attention: SparseAttentionConfig | None,
+    optimizer: torch.optim.Optimizer,
+    batch: tuple[torch.Tensor, torch.Tensor],
+    device: torch.device,
+) -> Callable[[], None]:
+    lowered = conf.dtype != "float32"
+
+    def step() -> None:
+        set_attention(model, attention, backend=conf.backends[0])
+        with torch.autocast(device.type, dtype=getattr(torch, conf.dtype), enabled=lowered):
+            logits, targets = target_logits(model, *batch)
+            loss = cross_entropy(logits, targets)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step

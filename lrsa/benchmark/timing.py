@@ -1,0 +1,67 @@
+"""Fair timing: interleaved rounds, medians with spread, on CPU and CUDA."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds over the rounds: the median, and the quartiles as spread."""
+
+    median: float
+    low: float
+    high: float
+    rounds: int
+
+
+def compare(functions: Mapping[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, Timing]:
+    """Time each function once a round, one after the other, so that a busy moment of the machine hits all alike.
+
+    Every function is called once before, which pays for compilation and allocation.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in functions}
+    for function in functions.values():
+        function()
+    for _ in range(rounds):
+        for name, function in functions.items():
+            samples[name].append(_milliseconds(function, device))
+    return {name: _summary(values) for name, values in samples.items()}
+
+
+def peak_memory(function: Callable[[], object], device: torch.device) -> int | None:
+    """Bytes allocated at the peak of one call beyond what was there before; None on the CPU, which keeps no count."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    function()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _milliseconds(function: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        start.record()
+        function()
+        stop.record()
+        torch.cuda.synchronize(device)
+        return start.elapsed_time(stop)
+    begin = time.perf_counter()
+    function()
+    return (time.perf_counter() - begin) * 1e3
+
+
+def _summary(values: list[float]) -> Timing:
+    if len(values) < 2:
+        return Timing(values[0], values[0], values[0], len(values))
+    low, median, high = statistics.quantiles(values, n=4)
+    return Timing(median, low, high, len(values))
