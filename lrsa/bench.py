@@ -58,7 +58,7 @@ def kernel_table(conf: BenchConf, rows: list[dict[str, Any]], device: torch.devi
         cells.append(f"{row['error']:.0e}")
         for name in ("forward", "forward_backward"):
             dense, sparse = (row[name][kernel]["median"] for kernel in (row[f"{name}_dense"], "sparse"))
-            cells += [f"{dense:.4g} -> {sparse:.4g}", f"[bold]{row[f'{name}_speedup']:.2f}x[/]"]
+            cells += [f"{dense:.3g} -> {sparse:.3g}", f"[bold]{row[f'{name}_speedup']:.2f}x[/]"]
         table.add_row(*cells, f"{row['ideal_speedup']:.2f}x")
     return table
 
