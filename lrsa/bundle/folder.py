@@ -89,6 +89,7 @@ def split(folder: Path, limit: int) -> list[Path]:
     """
     if limit < 1 << 20:
         raise ValueError(f"parts of {limit} bytes: at least 1 MiB")
+    digest = install.sha256(folder / install.MANIFEST)
     names = [*describe_files(folder), install.MANIFEST]  # the manifest last: a mark that all of it was unpacked
     parts = _PartWriter(folder, limit)
     with tarfile.open(fileobj=parts, mode="w|") as archive:
@@ -100,6 +101,7 @@ def split(folder: Path, limit: int) -> list[Path]:
             shutil.rmtree(entry)
         elif entry not in parts.paths and entry.name != "install.py":
             entry.unlink()
-    listed = {p.name: {"bytes": p.stat().st_size, "sha256": install.sha256(p)} for p in parts.paths}
-    (folder / install.PARTS).write_text(json.dumps({"schema": 1, "files": listed}, indent=1) + "\n", encoding="utf-8")
+    files = {p.name: {"bytes": p.stat().st_size, "sha256": install.sha256(p)} for p in parts.paths}
+    listed = {"schema": 1, "manifest_sha256": digest, "files": files}
+    (folder / install.PARTS).write_text(json.dumps(listed, indent=1) + "\n", encoding="utf-8")
     return parts.paths

@@ -69,9 +69,10 @@ class _Joined(io.RawIOBase):
 
 
 def unpack_parts(folder: Path) -> None:
-    """Unpack a split bundle into `folder`; nothing to do when it was unpacked before."""
-    parts = json.loads((folder / PARTS).read_text(encoding="utf-8"))["files"]
-    if (folder / MANIFEST).is_file():
+    """Unpack a split bundle into `folder`; nothing to do when this very one was unpacked before."""
+    listed = json.loads((folder / PARTS).read_text(encoding="utf-8"))
+    parts, manifest = listed["files"], folder / MANIFEST
+    if manifest.is_file() and sha256(manifest) == listed["manifest_sha256"]:
         return
     check_files(folder, parts)
     print(f"unpacking {len(parts)} parts")

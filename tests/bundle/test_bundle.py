@@ -264,9 +264,13 @@ class TestFolder:
         whole = {p.name: p.stat().st_size for p in folder.iterdir()}
         assert set(whole) == {"install.py", "parts.json", "lrsa-bundle.tar.000", "lrsa-bundle.tar.001"}
         assert max(whole.values()) <= 2_000_000
+        (folder / "manifest.json").write_text("an older bundle's")
         install.unpack_parts(folder)
-        accept_machine(folder)
         assert (folder / "data/squad/train.jsonl").read_text().count("\n") == 200_000
+        (folder / "lrsa-bundle.tar.001").unlink()
+        install.unpack_parts(folder)  # is there already
+        (folder / "parts.json").unlink()
+        accept_machine(folder)
         result = run_install(folder, "--target", str(tmp_path / "site"))
         assert result.returncode == 0, result.stderr
 
