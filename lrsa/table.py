@@ -31,6 +31,8 @@ def build(conf: TableConf, command: str = "lrsa-table") -> tuple[ResultTable, li
     """
     if not conf.records and conf.study is None:
         raise ValueError("name the records to read: records=[FOLDER,...], or study=NAME for experiments/NAME/records")
+    if not isinstance(conf.names or {}, dict):
+        raise ValueError(f"names={conf.names!r} is not a mapping; write names={{dense: Dense, lrsa: LRSA}}")
     folders = conf.records or [f"experiments/{conf.study}/records"]
     output = Path(conf.output or (f"experiments/{conf.study}" if conf.study else "tables"))
     records = load_records(*folders, study=conf.study)
@@ -40,7 +42,7 @@ def build(conf: TableConf, command: str = "lrsa-table") -> tuple[ResultTable, li
         arms=conf.arms,
         tasks=conf.tasks,
         reference=conf.reference,
-        names=conf.names,
+        names={key: str(name) for key, name in (conf.names or {}).items()},
         metric=conf.metric,
         n_resamples=conf.bootstrap,
         rebuild=conf.rebuild or command,

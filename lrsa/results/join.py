@@ -60,12 +60,11 @@ class Joined:
         if (other, key) not in self._compared:
             arm, task, compression = key
             a, b = self.cells.get(key), self.cells.get((other, task, compression))
-            names = tuple(f"{task} at {compression_label(compression)}, arm '{name}'" for name in (arm, other))
-            self._compared[other, key] = (
-                None
-                if a is None or b is None
-                else paired_difference(a.runs, b.runs, self.n_resamples, self.seed, (names[0], names[1]))
-            )
+            try:
+                compared = a and b and paired_difference(a.runs, b.runs, self.n_resamples, self.seed, (arm, other))
+            except ValueError as error:
+                raise ValueError(f"{task} at {compression_label(compression)}: {error}") from error
+            self._compared[other, key] = compared or None
         return self._compared[other, key]
 
     def best(self, arms: Sequence[str], task: str, compression: float | None, higher_is_better: bool) -> str | None:

@@ -12,7 +12,7 @@ import pandas as pd
 
 from lrsa.results.record import RECORD_FILE, Record, RecordError
 
-_NEVER_IN = frozenset({"wandb", "checkpoints", "model", "__pycache__"})  # large, and they hold no records
+_NEVER_IN = frozenset({"wandb", "checkpoints", "__pycache__"})  # large, and they hold no records
 
 
 class UnfinishedRecord(UserWarning):

@@ -1,0 +1,240 @@
+"""From records to a table: what is joined, what is refused, what is bold, what is written."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from rich.console import Console
+
+from lrsa.results import build_table, cells_frame, load_records, outcomes_frame, plot_frame, rows_for_logging
+from lrsa.results.figures import accuracy_figure, loss_figure, save_figure
+from lrsa.results.formats import to_console, to_csv, to_latex, to_markdown, write_table
+from lrsa.results.join import TableWarning
+from lrsa.results.record import Record, RecordError
+from lrsa.results.store import UnfinishedRecord
+
+from .conftest import MakeRun, share
+
+FAST = {"n_resamples": 1000}
+DENSE = {("needles", None): share(0), ("needles", 1): share(100), ("needles", 4): share(40)}
+LRSA = {("needles", None): share(0), ("needles", 1): share(100), ("needles", 4): share(80)}
+
+
+def test_store_finds_runs_and_skips_the_unfinished(tmp_path: Path, make_run: MakeRun) -> None:
+    make_run("dense", DENSE, folder="sweep/0-dense")
+    make_run("lrsa", LRSA, folder="sweep/1-lrsa")
+    start = {"command": "lrsa-train", "study": "synthetic", "arm": "killed", "seed": 0, "config": {}}
+    Record.start(tmp_path / "runs/sweep/2-killed", **start)
+    Record.start(tmp_path / "runs/sweep/3-failed", **start).fail(RuntimeError("boom\nmore"))
+    with pytest.warns(UnfinishedRecord) as caught:
+        records = load_records(tmp_path / "runs", tmp_path / "runs" / "sweep")  # each once
+    assert [record.arm for record in records] == ["dense", "lrsa"]
+    messages = sorted(str(item.message) for item in caught)
+    assert "2-killed" in messages[0] and "unfinished" in messages[0]
+    assert messages[1].endswith("failed with RuntimeError: boom")
+    assert len(load_records(tmp_path / "runs", unfinished=True)) == 4
+
+
+def test_no_records_says_what_to_do(tmp_path: Path, make_run: MakeRun) -> None:
+    with pytest.raises(RecordError, match=r"no finished records in .*0 record\.json found.*Run lrsa-train"):
+        load_records(tmp_path)
+    with pytest.raises(RecordError, match="there is no folder"):
+        load_records(tmp_path / "nowhere")
+    make_run("dense", DENSE)
+    with pytest.raises(RecordError, match="no finished records of study 'other'"):
+        load_records(tmp_path, study="other")
+
+
+def test_frames(make_run: MakeRun) -> None:
+    records = [make_run("dense", DENSE), make_run("lrsa", LRSA)]
+    cells = cells_frame(records)
+    assert list(cells["column"]) == ["floor", "full", "4x"] * 2
+    assert cells["compression"].dtype == np.float64 and cells["compression"].isna().sum() == 2
+    outcomes = outcomes_frame(records)
+    assert len(outcomes) == 600
+    assert outcomes.groupby(["arm", "column"])["exact"].mean()["lrsa", "4x"] == pytest.approx(0.8)
+
+
+def test_table_values_differences_and_bold(make_run: MakeRun) -> None:
+    table = build_table([make_run("dense", DENSE), make_run("lrsa", LRSA)], reference="dense", **FAST)
+    assert [column.header for column in table.columns] == ["floor", "full", "4x (3.37x)"]
+    dense, lrsa = table.rows
+    assert [cell.interval.mean for cell in lrsa.cells if cell.interval] == [0.0, 1.0, 0.8]
+    assert [cell.best for cell in lrsa.cells] == [False, False, True]  # neither the floor nor a tie
+    assert not any(cell.best for cell in dense.cells)
+    (gain,) = table.differences
+    assert gain.arm == "lrsa" and gain.cells[2].interval is not None
+    assert gain.cells[2].interval.mean == pytest.approx(0.4) and gain.cells[2].interval.excludes_zero
+    assert gain.cells[1].interval is not None and not gain.cells[1].interval.excludes_zero
+
+
+def test_bold_needs_to_beat_every_arm(make_run: MakeRun) -> None:
+    close = {("needles", 4): share(78)}
+    records = [make_run("dense", DENSE), make_run("lrsa", LRSA), make_run("close", close)]
+    table = build_table(records, **FAST)
+    assert not any(cell.best for row in table.rows for cell in row.cells)
+    assert "Bold" not in " ".join(table.notes)
+    assert any(cell.best for row in build_table(records[:2], **FAST).rows for cell in row.cells)
+
+
+def test_bold_of_a_metric_where_less_is_better(make_run: MakeRun) -> None:
+    better, worse = make_run("better", DENSE), make_run("worse", DENSE)
+    path = worse.folder
+    rows = [row | {"nll": row["nll"] + 1} for row in worse.outcomes()]
+    worse.finish(worse.metrics, worse.cells, rows)
+    table = build_table([better, Record.load(path)], metric="nll", **FAST)
+    assert [[cell.best for cell in row.cells] for row in table.rows] == [[False, True, True], [False, False, False]]
+    assert table.difference_title == "difference to better, nats"
+    with pytest.raises(ValueError, match="unknown metric 'f1'; choose from exact, nll"):
+        build_table([better], metric="f1")
+
+
+def test_missing_cells_are_named(make_run: MakeRun) -> None:
+    records = [make_run("dense", DENSE), make_run("lrsa", {("needles", 4): share(80), ("squad", 2): share(3)})]
+    table = build_table(records, arms=["dense", "lrsa", "absent"], **FAST)
+    text = to_markdown(table)
+    by_arm = {(row.task, row.arm): [cell.interval is None for cell in row.cells] for row in table.rows}
+    assert by_arm["needles", "lrsa"] == [True, True, True, False]  # floor, full, 2x, 4x
+    assert by_arm["squad", "absent"] == [True] * 4
+    assert text.count("missing") > 10 and "cells are missing: no finished record holds them" in text
+    assert "missing" in to_csv(table) and r"\emph{missing}" in to_latex(table)
+
+
+def test_seeds_are_joined(make_run: MakeRun) -> None:
+    records = [make_run("dense", {("needles", 4): share(k)}, seed=s) for s, k in enumerate((30, 40, 50))]
+    records += [make_run("lrsa", {("needles", 4): share(80)}, seed=s) for s in range(2)]
+    table = build_table(records, **FAST)
+    dense = table.rows[0].cells[0].interval
+    assert dense is not None and dense.mean == pytest.approx(0.4) and (dense.seeds, dense.n) == (3, 100)
+    assert table.rows[0].size == "100 × 3 seeds" and table.rows[1].size == "100 × 2 seeds"
+    assert "100 × 3 seeds" in to_markdown(table) and r"100$\times$3 seeds" in to_latex(table)
+
+
+def test_rows_with_unequal_n_say_it_in_every_cell(make_run: MakeRun) -> None:
+    record = make_run("dense", {("needles", 1): share(50), ("needles", 4): share(30, 60)})
+    text = to_markdown(build_table([record], **FAST))
+    assert "| see cells |" in text and "n=100" in text and "n=60" in text
+
+
+def test_arms_scored_on_other_examples_are_refused(make_run: MakeRun) -> None:
+    records = [make_run("dense", {("needles", 4): share(40)}), make_run("lrsa", {("needles", 4): share(40, 60)})]
+    with pytest.raises(ValueError, match=r"needles at 4x: lrsa and dense .*different examples \(60 and 100\)"):
+        build_table(records, **FAST)
+
+
+@pytest.mark.filterwarnings("ignore::lrsa.results.join.TableWarning")
+def test_other_prompts_are_told(make_run: MakeRun) -> None:
+    records = [make_run("dense", DENSE), make_run("lrsa", LRSA, fingerprint="other")]
+    with pytest.warns(TableWarning, match="prompts of needles at 4x were not the same"):
+        table = build_table(records, **FAST)
+    assert any("2 data fingerprints" in note for note in table.notes)
+
+
+def test_two_experiments_cannot_give_one_cell(make_run: MakeRun) -> None:
+    first, again = make_run("dense", DENSE, folder="a"), make_run("dense", DENSE, folder="b")
+    with pytest.warns(TableWarning, match="measured twice, .*b/record.json"):
+        assert len(build_table([first, again], **FAST).rows) == 1
+    other = make_run("dense", DENSE, folder="c", knob=1)
+    with pytest.raises(RecordError, match=r"different experiments, and both give arm 'dense', seed 0"):
+        build_table([first, other], **FAST)
+
+
+def test_cells_that_contradict_their_outcomes_are_refused(make_run: MakeRun) -> None:
+    record = make_run("dense", DENSE)
+    value = json.loads(record.path.read_text())
+    value["cells"][2]["exact"] = 0.9
+    record.path.write_text(json.dumps(value))
+    with pytest.raises(RecordError, match=r"needles at 4x says exact=0\.9, the outcomes .* average 0\.4"):
+        build_table([Record.load(record.path)], **FAST)
+    value["cells"][2]["n"] = 99
+    record.path.write_text(json.dumps(value))
+    with pytest.raises(RecordError, match=r"says n=99, outcomes\.jsonl\.gz holds 100"):
+        build_table([Record.load(record.path)], **FAST)
+
+
+def test_unknown_reference_and_empty_selection(make_run: MakeRun) -> None:
+    record = make_run("dense", DENSE)
+    with pytest.raises(ValueError, match="reference arm 'x' is not among the table's arms: dense"):
+        build_table([record], reference="x", **FAST)
+    with pytest.raises(RecordError, match="no cell of the arms and tasks asked for; arms there: dense"):
+        build_table([record], arms=["x"], **FAST)
+
+
+def test_text_is_the_same_bytes_and_names_its_command(tmp_path: Path, make_run: MakeRun) -> None:
+    make_run("dense", DENSE), make_run("lrsa", LRSA)
+    options = {"rebuild": "lrsa-table study=x", "names": {"lrsa": "LRSA_4x & more", "needles": "24 needles"}, **FAST}
+    for name in ("one", "two"):
+        write_table(build_table(load_records(tmp_path / "runs"), **options), tmp_path / name)
+    for suffix in ("md", "tex", "csv"):
+        one, two = ((tmp_path / name / f"table.{suffix}").read_bytes() for name in ("one", "two"))
+        assert one == two
+        assert b"lrsa-table study=x" in one.splitlines()[0]
+    markdown = (tmp_path / "one" / "table.md").read_text()
+    assert "| 24 needles | LRSA_4x & more | 100 | 0.0 [0.0, 3.7] |" in markdown
+    assert "| **80.0** [" in markdown
+    latex = (tmp_path / "one" / "table.tex").read_text()
+    assert r"LRSA\_4x \& more" in latex and r"$\mathbf{80.0}_{-" in latex and latex.count(r"\toprule") == 1
+    frame = pd.read_csv(tmp_path / "one" / "table.csv", comment="#")
+    gain = frame[(frame["kind"] == "difference") & (frame["column"] == "4x")].iloc[0]
+    assert (gain["arm"], gain["reference"], gain["n"]) == ("lrsa", "dense", 100)
+    assert float(gain["mean"]) == pytest.approx(0.4)
+
+
+def test_a_changed_record_changes_the_table(tmp_path: Path, make_run: MakeRun) -> None:
+    before = to_markdown(build_table([make_run("dense", DENSE, folder="a")], **FAST))
+    after = to_markdown(build_table([make_run("dense", DENSE | {("needles", 4): share(41)}, folder="b")], **FAST))
+    assert before != after
+
+
+def test_unknown_format(tmp_path: Path, make_run: MakeRun) -> None:
+    table = build_table([make_run("dense", DENSE)], **FAST)
+    with pytest.raises(ValueError, match="unknown table format html; choose from markdown, latex, csv"):
+        write_table(table, tmp_path, ["html"])
+
+
+def test_console_fits_80_columns_and_cuts_no_number(make_run: MakeRun) -> None:
+    many = {("needles", c): share(k) for c, k in {None: 0, 1: 100, 2: 77, 4: 63, 8: 41}.items()}
+    less = {key: share(max(0, int(value.sum()) - 30)) for key, value in many.items()}
+    out = io.StringIO()
+    table = build_table([make_run("dense", less), make_run("lrsa_mixed", many)], **FAST)
+    Console(file=out, width=80).print(to_console(table))
+    text = out.getvalue()
+    assert max(map(len, text.splitlines())) <= 80
+    assert "…" not in text and "+30.0" in text and "needles: exact match, %" in text
+
+
+def test_rows_for_logging_have_the_same_keys(make_run: MakeRun) -> None:
+    rows = rows_for_logging(make_run("dense", DENSE).cells)
+    assert [row["compression"] for row in rows] == ["floor", "full", "4x"]
+    assert rows[2]["exact_match"] == pytest.approx(40.0)
+    assert len({tuple(row) for row in rows}) == 1
+
+
+def test_figures_are_the_same_bytes_with_embedded_fonts(tmp_path: Path, make_run: MakeRun) -> None:
+    squad = {("squad", c): share(k) for c, k in {None: 5, 1: 30, 4: 18}.items()}
+    records = [make_run("dense", DENSE | squad, loss=True), make_run("lrsa", LRSA | squad, loss=True)]
+    table = build_table(records, names={"lrsa": "LRSA 4x"}, **FAST)
+    for name in ("one", "two"):
+        save_figure(accuracy_figure(plot_frame(table)), tmp_path / name, "accuracy")
+        save_figure(loss_figure(records, table.names), tmp_path / name, "loss")
+    for file in ("accuracy.pdf", "accuracy.png", "loss.pdf", "loss.png"):
+        one, two = ((tmp_path / name / file).read_bytes() for name in ("one", "two"))
+        assert one == two, file
+    assert b"/FontFile2" in (tmp_path / "one" / "accuracy.pdf").read_bytes()
+    figure = accuracy_figure(plot_frame(table))
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["needles", "squad"]
+    line = figure.axes[0].get_lines()[2]  # dense: its line and its floor, then LRSA
+    assert line.get_label() == "LRSA 4x"
+    assert list(line.get_xdata()) == [1.0, 3.37] and list(line.get_ydata()) == pytest.approx([100.0, 80.0])
+
+
+def test_figure_of_one_run_and_of_unjoined_seeds(make_run: MakeRun) -> None:
+    one, two = make_run("dense", DENSE), make_run("dense", DENSE, seed=1)
+    assert len(accuracy_figure(cells_frame([one])).axes) == 1
+    with pytest.raises(ValueError, match="several values for needles at floor; join the seeds first"):
+        accuracy_figure(cells_frame([one, two]))
+    with pytest.raises(ValueError, match="no record holds a loss curve"):
+        loss_figure([one])
