@@ -38,9 +38,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float
         dtype = torch.promote_types(query.dtype, torch.float32)
         q = query.to(dtype).unflatten(1, (key.shape[1], -1))  # [B, H, G, T, D]
         k, v = key.to(dtype)[:, :, None], value.to(dtype)[:, :, None]
-        logits = (q @ k.mT * scale).masked_fill(~mask[:, :, None], -torch.inf)
         nothing = ~mask.any(-1)[:, :, None, :, None]  # pads: softmax over no key is undefined
+        unseen = ~mask.any(-2)[:, :, None, :, None]
+        # What a pad holds must reach neither output nor gradients even if it is not finite: 0 * inf is NaN.
+        q, k, v = q.masked_fill(nothing, 0), k.masked_fill(unseen, 0), v.masked_fill(unseen, 0)
+        logits = (q @ k.mT * scale).masked_fill(~mask[:, :, None], -torch.inf)
         weights = logits.masked_fill(nothing, 0).softmax(-1).masked_fill(nothing, 0)
-        # A key nobody sees must not reach the output even if it is not finite: 0 * inf is NaN.
-        v = v.masked_fill(~mask.any(-2)[:, :, None, :, None], 0)
         return (weights @ v).flatten(1, 2).to(query.dtype)
