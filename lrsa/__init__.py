@@ -2,7 +2,7 @@
 
 Importing the package registers the attention with transformers under the name "lrsa":
 `AutoModelForCausalLM.from_pretrained(folder, attn_implementation="lrsa")` works after `import lrsa`. Without that
-argument transformers loads a dense model, whatever the checkpoint was trained with; `lrsa.models.load_model` restores it.
+argument transformers loads a dense model, whatever the checkpoint was trained with; `lrsa.models.load_model` does not.
 """
 
 from lrsa.attention import huggingface as _huggingface  # noqa: F401  # registers
