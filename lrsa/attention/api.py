@@ -12,8 +12,9 @@ from torch import Tensor
 
 from lrsa.attention import flex, gather, reference
 from lrsa.attention.config import SparseAttentionConfig
-from lrsa.attention.documents import per_document
-from lrsa.attention.selection import kept_index, kept_mask, select
+from lrsa.attention.documents import find_documents, per_document
+from lrsa.attention.layout import Geometry
+from lrsa.attention.selection import check_kept, kept_index, kept_mask, select
 
 log = logging.getLogger(__name__)
 BACKENDS = ("auto", "reference", "gather", "flex")
@@ -48,12 +49,15 @@ def sparse_attention(
         ``[B, Hq, T, D]`` in ``query``'s dtype; zeros at pads.
 
     Raises:
-        ValueError: shapes or devices that do not fit, an unknown backend, or one that cannot run here and why.
+        ValueError: shapes that do not fit, a ``kept`` with other than K tokens in a compressed partition, an unknown
+            backend, or one that cannot run here and why.
     """
     _check(query, key, value, kept, document_ids)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     backend = choose_backend(backend, query, document_ids)
     layer = config.for_layer(layer_idx)
+    if kept is not None and layer is not None:
+        _check_counts(kept, config.geometry, document_ids)
     if backend == "reference":
         if kept is None:
             kept = kept_tokens(
@@ -98,13 +102,14 @@ def kept_tokens(
     Returns:
         bool ``[B, H, T]``: True for sinks, kept tokens, and what is not compressed (yet); False for pads.
     """
+    geometry = config.geometry
     if document_ids is not None:
-        return per_document(
+        kept = per_document(
             lambda k, v, q: kept_tokens(k, v, config, query=q, layer_idx=layer_idx, scale=scale),
             document_ids, key, value, query, fill=False,
         )  # fmt: skip
+        return kept | _not_due(document_ids, geometry)[:, None]
     tokens = key.shape[2]
-    geometry = config.geometry
     partitions = geometry.compressed(tokens) if config.for_layer(layer_idx) else 0
     index = select(key, value, config, partitions, query=query, layer_idx=layer_idx, scale=scale)
     return kept_mask(index, tokens, geometry, partitions)
@@ -136,6 +141,23 @@ def choose_backend(backend: str, query: Tensor, document_ids: Tensor | None = No
         backend = "gather" if obstacle or document_ids is not None else "flex"
         log.debug("auto picked %s (%s)", backend, obstacle or "CUDA, one document a row")
     return backend
+
+
+def _not_due(document_ids: Tensor, geometry: Geometry) -> Tensor:
+    """bool ``[B, T]``: tokens behind what their document compresses. A longer document beside it compresses more."""
+    result = torch.zeros(document_ids.shape, dtype=torch.bool)
+    for document in find_documents(document_ids):
+        raw_start = geometry.raw_start(geometry.compressed(document.length))
+        result[document.row, document.start + raw_start : document.start + document.length] = True
+    return result.to(document_ids.device)
+
+
+def _check_counts(kept: Tensor, geometry: Geometry, document_ids: Tensor | None) -> None:
+    if document_ids is None:
+        check_kept(kept, geometry)
+        return
+    for document in find_documents(document_ids):
+        check_kept(kept[document.row, :, document.start : document.start + document.length], geometry)
 
 
 def _dense(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:

@@ -104,21 +104,30 @@ def kept_mask(index: Tensor, tokens: int, geometry: Geometry, partitions: int) -
 
 
 def kept_index(kept: Tensor, geometry: Geometry, partitions: int) -> Tensor:
-    """Inverse of `kept_mask` for the first ``partitions`` partitions.
+    """Inverse of `kept_mask` for the first ``partitions`` partitions, K positions of each (see `check_kept`)."""
+    flags = _partition_flags(kept, geometry, partitions)
+    ranked = flags.to(torch.int8).sort(dim=-1, descending=True, stable=True).indices[..., : geometry.kept]
+    starts = torch.arange(partitions, device=kept.device) * geometry.lag + geometry.sink
+    return (ranked + starts[:, None]).flatten(-2)
+
+
+def check_kept(kept: Tensor, geometry: Geometry) -> None:
+    """Refuse a ``kept`` bool ``[B, H, T]`` of whole documents that does not fit the geometry.
 
     Raises:
-        ValueError: a partition that keeps another number of tokens than K.
+        ValueError: a partition whose selection some query uses keeps another number of tokens than K.
     """
-    flags = kept[..., geometry.sink : geometry.raw_start(partitions)].unflatten(-1, (partitions, geometry.lag))
-    counts = flags.sum(-1)
+    counts = _partition_flags(kept, geometry, geometry.selected_partitions(kept.shape[-1])).sum(-1)
     if not bool((counts == geometry.kept).all()):
         raise ValueError(
             f"kept= has between {int(counts.min())} and {int(counts.max())} tokens a partition, the config keeps "
             f"{geometry.kept} of {geometry.lag}: pass what kept_tokens returned for this config"
         )
-    ranked = flags.to(torch.int8).sort(dim=-1, descending=True, stable=True).indices[..., : geometry.kept]
-    starts = torch.arange(partitions, device=kept.device) * geometry.lag + geometry.sink
-    return (ranked + starts[:, None]).flatten(-2)
+
+
+def _partition_flags(kept: Tensor, geometry: Geometry, partitions: int) -> Tensor:
+    """``[B, H, P, L]`` of the first ``partitions`` partitions."""
+    return kept[..., geometry.sink : geometry.raw_start(partitions)].unflatten(-1, (partitions, geometry.lag))
 
 
 def checkpoint_contexts():
