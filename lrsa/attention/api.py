@@ -46,11 +46,12 @@ def sparse_attention(
             (FlexAttention, CUDA), or ``auto``.
 
     Returns:
-        ``[B, Hq, T, D]`` in ``query``'s dtype; zeros at pads.
+        ``[B, Hq, T, D]`` in ``query``'s dtype (under autocast in autocast's, as PyTorch's own attention, ``reference``
+        excepted); zeros at pads.
 
     Raises:
-        ValueError: shapes that do not fit, a ``kept`` with other than K tokens in a compressed partition, an unknown
-            backend, or one that cannot run here and why.
+        ValueError: shapes or dtypes that do not fit, a ``kept`` with other than K tokens in a compressed partition,
+            an unknown backend, or one that cannot run here and why.
     """
     _check(query, key, value, kept, document_ids)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -77,6 +78,8 @@ def sparse_attention(
             index = select(key, value, config, partitions, query=query, layer_idx=layer_idx, scale=scale)
         else:
             index = kept_index(kept, config.geometry, partitions)
+        # After the selection, so that every backend ranks the same keys.
+        query, key, value = (_autocast(x) for x in (query, key, value))
         run = flex.attend if backend == "flex" else gather.attend
         return run(query, key, value, index, config.geometry, scale)
 
@@ -160,6 +163,14 @@ def _check_counts(kept: Tensor, geometry: Geometry, document_ids: Tensor | None)
         check_kept(kept[document.row, :, document.start : document.start + document.length], geometry)
 
 
+def _autocast(x: Tensor) -> Tensor:
+    """What autocast does to the inputs of PyTorch's own attention; rotary embeddings left query and key in float32."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return x
+    return x.to(torch.get_autocast_dtype(device))
+
+
 def _dense(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     return torch.nn.functional.scaled_dot_product_attention(
         query, key, value, is_causal=True, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
@@ -177,6 +188,8 @@ def _check(query: Tensor, key: Tensor, value: Tensor, kept: Tensor | None, docum
             f"query {tuple(query.shape)} and key {tuple(key.shape)} must agree in all but "
             "heads: attention over a cache (fewer queries than keys) is not the parallel form"
         )
+    if len({x.dtype for x in (query, key, value)}) > 1 and not torch.is_autocast_enabled(query.device.type):
+        raise ValueError(f"query, key and value must have one dtype, not {query.dtype}, {key.dtype} and {value.dtype}")
     if query.shape[1] % heads:
         raise ValueError(f"{query.shape[1]} query heads are not a multiple of {heads} key/value heads")
     if kept is not None and (kept.shape != key.shape[:3] or kept.dtype != torch.bool):
