@@ -56,9 +56,16 @@ def attention(
             f"{query.shape[2]} queries came with {key.shape[2]} keys: an ordinary cache, which keeps every token. "
             "Score in one pass, or generate with use_cache=False"
         )
+    if attention_mask is not None and attention_mask.ndim != 2:
+        raise ValueError(
+            f"attention_mask {tuple(attention_mask.shape)}: the lrsa attention takes the tokenizer's [B, T] mask; "
+            "a ready-made 4-D mask would contradict the visibility rule"
+        )
     document_ids = kwargs.get("document_ids")
     if document_ids is None:
         document_ids = _document_ids(attention_mask, kwargs.get("position_ids"), query)
+    elif attention_mask is not None:
+        document_ids = document_ids.masked_fill(attention_mask == 0, PAD)
     layer_idx: int = module.layer_idx  # type: ignore[assignment]
     backend = getattr(module, "lrsa_backend", "auto")
     out = sparse_attention(
@@ -90,11 +97,6 @@ def _document_ids(attention_mask: Tensor | None, position_ids: Tensor | None, qu
     ids = torch.zeros((batch, tokens), dtype=torch.int64, device=query.device)
     plain = True
     if attention_mask is not None:
-        if attention_mask.ndim != 2:
-            raise ValueError(
-                f"attention_mask {tuple(attention_mask.shape)}: the lrsa attention takes the tokenizer's [B, T] mask; "
-                "a ready-made 4-D mask would contradict the visibility rule"
-            )
         pad = attention_mask == 0
         if pad.any():
             plain = False
