@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from lrsa.config import EvalConf, config_dir, register_configs
-from lrsa.evaluation import evaluate
+from lrsa.evaluation import evaluate, load_tasks
 from lrsa.models import build_model, build_tokenizer
 from lrsa.results import Record
 from lrsa.tracking import (
@@ -66,6 +66,8 @@ def run_evaluation(conf: EvalConf, overrides: Sequence[str] = ()) -> Record:
         try:
             seed_everything(conf.run.seed, verbose=False)
             tokenizer = build_tokenizer(conf.model)
+            tasks = load_tasks(tokenizer, conf.evaluation, conf.evaluation.length)
+            record.update(data=[fact for task in tasks for fact in task.facts()])
             # Each cell applies its own attention; what the checkpoint was trained with plays no part here.
             model = build_model(conf.model, None).to(resolve_device(conf.trainer))
             check_context_window(model.config, conf.evaluation.length)
@@ -74,8 +76,8 @@ def run_evaluation(conf: EvalConf, overrides: Sequence[str] = ()) -> Record:
                 tokenizer,
                 conf.evaluation,
                 conf.evaluation.length,
+                tasks=tasks,
                 progress=conf.trainer.progress,
-                on_data=lambda facts: record.update(data=[facts]),
             )
             metrics = summary_metrics(cells)
             record.finish(metrics, cells, outcomes)

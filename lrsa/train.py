@@ -18,7 +18,7 @@ from rich.console import Console
 from lrsa.attention import from_conf
 from lrsa.config import TrainConf, config_dir, register_configs
 from lrsa.data import LRSADataModule
-from lrsa.evaluation import evaluate
+from lrsa.evaluation import evaluate, load_tasks
 from lrsa.models import build_model, build_tokenizer
 from lrsa.results import Record, downsample
 from lrsa.tracking import (
@@ -101,7 +101,8 @@ def _train_and_evaluate(
     tokenizer = build_tokenizer(conf.model)
     data = LRSADataModule(conf.data, tokenizer, conf.recipe, conf.run.seed)
     data.setup()
-    record.update(data=data.describe())
+    tasks = load_tasks(tokenizer, conf.evaluation, conf.data.length)
+    record.update(data=[*data.describe(), *(fact for task in tasks for fact in task.facts())])
     model = build_model(conf.model, attention)
     check_context_window(model.config, conf.data.length)
     adapter = None if conf.model.lora is None else add_lora(model, conf.model.lora)
@@ -122,8 +123,8 @@ def _train_and_evaluate(
         tokenizer,
         conf.evaluation,
         conf.data.length,
+        tasks=tasks,
         progress=conf.trainer.progress,
-        on_data=lambda facts: record.update(data=[facts]),
     )
     metrics = summary_metrics(cells)
     record.finish(metrics, cells, outcomes)

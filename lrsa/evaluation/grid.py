@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,87 +20,125 @@ from lrsa.evaluation.scoring import Outcome, score
 from lrsa.results.statistics import bootstrap_mean
 
 
+@dataclass(frozen=True)
+class Task:
+    """A task's prompts, with the context and (for the floor) without."""
+
+    name: str
+    prompts: SampleSet
+    floor: SampleSet | None
+
+    def facts(self) -> list[dict[str, Any]]:
+        """For the record."""
+        facts = [{**self.prompts.describe(), "name": self.name}]
+        if self.floor is not None:
+            facts.append({**self.floor.describe(), "name": f"{self.name} without context"})
+        return facts
+
+
+def load_tasks(tokenizer: PreTrainedTokenizerBase, conf: EvaluationConf, length: int | None) -> list[Task]:
+    """Read and check what `evaluate` needs, so that a missing file or a too long context shows before training.
+
+    Args:
+        length: tokens a prompt with its answer, T, where `conf.length` is not set.
+    """
+    length = conf.length if conf.length is not None else length
+    tasks = []
+    for name, examples in conf.tasks.items():
+        try:
+            prompts = SampleSet(examples, tokenizer, length)
+            prompts.check(len(prompts))
+            floor = SampleSet(examples, tokenizer, None, context=False) if conf.floor else None
+        except (ValueError, OSError) as error:
+            error.add_note(f"in evaluation.tasks.{name}")
+            raise
+        tasks.append(Task(name, prompts, floor))
+    return tasks
+
+
 def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     conf: EvaluationConf,
-    length: int | None,
+    length: int | None = None,
     *,
+    tasks: Sequence[Task] | None = None,
     progress: bool = True,
-    on_data: Callable[[dict[str, Any]], None] | None = None,
 ) -> tuple[list[dict[str, Any]], list[Outcome]]:
     """Score `model` on every task at every compression, and without the context (`conf.floor`).
 
     Args:
         length: tokens a prompt with its answer, T, where `conf.length` is not set.
-        on_data: called with each task's facts for the record once its prompts exist.
+        tasks: what `load_tasks` returned for the same arguments, if it was called before.
 
     Returns:
         cells, with the fields of `lrsa.results.schema.CELL` (`compression` 1 is the full cache, None the floor; ratios,
         slots and bytes count prompt tokens and are means over prompts that differ in length), and all outcomes.
+
+    Raises:
+        ValueError: compressions above 1 asked of dense attention.
     """
-    length = conf.length if conf.length is not None else length
     attention = from_conf(conf.attention)
     if attention is None and any(factor != 1 for factor in conf.compressions):
         raise ValueError(
             f"evaluation.attention.scorer=dense cannot compress, but evaluation.compressions={conf.compressions}: "
             "choose a sparse evaluation.attention, or compressions=[1]"
         )
-    pad_id = pad_id_of(tokenizer)
     cells: list[dict[str, Any]] = []
     outcomes: list[Outcome] = []
     with _ScoringProgress(progress) as bar:
-        for task, examples in conf.tasks.items():
-            columns: list[tuple[float | None, bool]] = [(factor, True) for factor in conf.compressions]
-            if conf.floor:
-                columns.insert(0, (None, False))
-            prompts: dict[bool, tuple[list[Sample], str]] = {}
-            for factor, context in columns:
-                if context not in prompts:
-                    bar.message(f"{task}: building prompts")
-                    samples = SampleSet(examples, tokenizer, length if context else None, context)
-                    prompts[context] = [samples[index] for index in range(len(samples))], samples.fingerprint
-                    if on_data is not None:
-                        name = task if context else f"{task} without context"
-                        on_data({**samples.describe(), "name": name})
-                rows, fingerprint = prompts[context]
+        for task in load_tasks(tokenizer, conf, length) if tasks is None else tasks:
+            columns: list[tuple[float | None, SampleSet]] = [(factor, task.prompts) for factor in conf.compressions]
+            if task.floor is not None:
+                columns.insert(0, (None, task.floor))
+            made: dict[str, list[Sample]] = {}
+            for factor, prompts in columns:
+                title = f"{task.name} {'no context' if factor is None else 'full' if factor == 1 else f'{factor:g}x'}"
+                if prompts.fingerprint not in made:
+                    bar.start(f"{task.name}: building prompts", len(prompts))
+                    made = {prompts.fingerprint: [prompts[index] for index in range(len(prompts))]}
+                samples = made[prompts.fingerprint]
                 used = None if attention is None or factor is None else attention.with_compression(factor)
-                bar.start(f"{task} {_column_name(factor)}", len(rows))
+                bar.start(title, len(samples))
                 clock = time.perf_counter()
                 scored = score(
                     model,
-                    rows,
+                    samples,
                     used,
                     batch_size=conf.batch_size,
-                    pad_id=pad_id,
+                    pad_id=pad_id_of(tokenizer),
                     precision=conf.precision,
-                    task=task,
+                    task=task.name,
                     compression=factor,
                     on_batch=bar.advance,
                 )
                 seconds = time.perf_counter() - clock
-                exact = [float(outcome.exact) for outcome in scored]
-                estimate = bootstrap_mean(exact, conf.bootstrap)
-                cells.append(
-                    {
-                        "task": task,
-                        "compression": factor,
-                        "n": len(scored),
-                        "exact": estimate.mean,
-                        "exact_low": estimate.low,
-                        "exact_high": estimate.high,
-                        "nll": sum(o.nll * o.tokens for o in scored) / sum(o.tokens for o in scored),
-                        **measure_cache(model, used, [_prompt_tokens(sample) for sample in rows], conf.precision),
-                        "seconds": seconds,
-                        "tokens_per_second": sum(len(sample.input_ids) for sample in rows) / seconds,
-                        "data_fingerprint": fingerprint,
-                    }
-                )
+                cell = {
+                    **_summary(scored, conf.bootstrap),
+                    **measure_cache(model, used, [_prompt_tokens(sample) for sample in samples], conf.precision),
+                    "seconds": seconds,
+                    "tokens_per_second": sum(sample.length for sample in samples) / seconds,
+                    "data_fingerprint": prompts.fingerprint,
+                }
+                if factor is None:
+                    cell["measured_ratio"] = None  # another prompt, not a compressed one
+                cells.append(cell)
                 outcomes += scored
-                bar.finish(
-                    f"{task} {_column_name(factor)}: {100 * estimate.mean:.1f} %, n {len(scored)}, {seconds:.1f} s"
-                )
+                bar.finish(f"{title}: {100 * cell['exact']:.1f} %, n {cell['n']}, {seconds:.1f} s")
     return cells, outcomes
+
+
+def _summary(scored: Sequence[Outcome], resamples: int) -> dict[str, Any]:
+    estimate = bootstrap_mean([float(outcome.exact) for outcome in scored], resamples)
+    return {
+        "task": scored[0].task,
+        "compression": scored[0].compression,
+        "n": len(scored),
+        "exact": estimate.mean,
+        "exact_low": estimate.low,
+        "exact_high": estimate.high,
+        "nll": sum(outcome.nll for outcome in scored) / len(scored),
+    }
 
 
 def measure_cache(
@@ -136,10 +175,6 @@ def _prompt_tokens(sample: Sample) -> int:
     return sample.answer_spans[-1][0]
 
 
-def _column_name(compression: float | None) -> str:
-    return "no context" if compression is None else "full" if compression == 1 else f"{compression:g}x"
-
-
 class _ScoringProgress:
     """Rich bar of the running cell with rate and time left; without a terminal, one line a cell."""
 
@@ -167,9 +202,6 @@ class _ScoringProgress:
 
     def __exit__(self, *error: object) -> None:
         self._bar.stop()
-
-    def message(self, text: str) -> None:
-        self._bar.reset(self._task, description=text, total=None, rate="")
 
     def start(self, text: str, samples: int) -> None:
         self._clock, self._tokens = time.perf_counter(), 0

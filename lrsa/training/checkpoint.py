@@ -5,8 +5,10 @@ Both are replaced atomically: a job killed while writing leaves the previous fil
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from lrsa.attention import SparseAttentionConfig
 from lrsa.models import set_attention
@@ -71,6 +74,18 @@ def find_checkpoint(resume: str | Path) -> Path:
     return candidate.resolve()
 
 
+@contextlib.contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """transformers draws a bar a file, which takes less time than reading it."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
 def save_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -97,7 +112,8 @@ def save_model(
         adapter.save_pretrained(str(partial / "adapter"))
         model = merge_lora(adapter)
     set_attention(model, attention)
-    model.save_pretrained(partial)
+    with _no_progress_bar():
+        model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)

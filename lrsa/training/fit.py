@@ -86,6 +86,7 @@ def fit(
         callbacks=[meter, *progress, *(callbacks or []), checkpoint],
         enable_progress_bar=False,
         enable_model_summary=False,
+        log_every_n_steps=1,  # StepMeter decides
         use_distributed_sampler=False,
         default_root_dir=str(folder),
     )
@@ -95,6 +96,7 @@ def fit(
         with warnings.catch_warnings():
             # Batches are built in the main process on purpose: samples are cached, and workers fork the tokenizer.
             warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+            warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")  # inside Lightning
             trainer.fit(module, datamodule=data, ckpt_path=resume, weights_only=True if resume else None)
     except NonFiniteLoss as error:
         path = Path(folder) / LAST

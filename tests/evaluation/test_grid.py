@@ -1,0 +1,85 @@
+import pytest
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lrsa.attention import SparseAttentionConfig
+from lrsa.config import AttentionConf, EvaluationConf, ExamplesConf
+from lrsa.data import ContextTooLongError
+from lrsa.evaluation import evaluate, load_tasks
+from lrsa.evaluation.grid import measure_cache
+from lrsa.models import get_attention, set_attention
+from lrsa.results.schema import CELL, OUTCOME, check
+
+RECALL = ExamplesConf(
+    source="needles",
+    limit=6,
+    args={"needles": 4, "value_digits": 2, "key_words": 1, "statement": "{key}: {value}.", "question": "{key}?"},
+)
+ATTENTION = AttentionConf(sink_size=4, lag_size=16)
+
+
+@pytest.fixture
+def conf() -> EvaluationConf:
+    return EvaluationConf(
+        tasks={"one": RECALL}, attention=ATTENTION, compressions=[1, 2, 8], batch_size=4, bootstrap=200, length=160
+    )
+
+
+def test_the_grid_has_a_cell_a_column_and_an_outcome_an_example(
+    conf: EvaluationConf, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    before = SparseAttentionConfig(lag_size=8)
+    set_attention(model, before)
+    cells, outcomes = evaluate(model, tokenizer, conf, progress=False)
+    assert get_attention(model) == before
+    assert [cell["compression"] for cell in cells] == [None, 1, 2, 8]
+    assert len(outcomes) == 4 * 6
+    for cell in cells:
+        check(cell, CELL)
+        assert cell["n"] == 6 and cell["exact_low"] <= cell["exact"] <= cell["exact_high"]
+        assert cell["seconds"] > 0 and cell["tokens_per_second"] > 0
+    for outcome in outcomes:
+        check(vars(outcome), OUTCOME)
+    ids = {factor: [o.id for o in outcomes if o.compression == factor] for factor in (None, 1, 2, 8)}
+    assert len(set(ids[1])) == 6 and all(names == ids[1] for names in ids.values()), "paired between columns"
+    ratios = [cell["measured_ratio"] for cell in cells]
+    assert ratios[0] is None and ratios[1] == 1 and 1 < ratios[2] < 2 < ratios[3] < 8
+    assert cells[0]["data_fingerprint"] != cells[1]["data_fingerprint"] == cells[2]["data_fingerprint"]
+    nll = [cell["nll"] for cell in cells]
+    assert len(set(nll)) == 4, "compression and floor act"
+
+
+def test_no_floor_and_only_the_full_cache(
+    conf: EvaluationConf, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    conf.floor, conf.compressions, conf.attention = False, [1], AttentionConf(scorer="dense")
+    cells, outcomes = evaluate(model, tokenizer, conf, progress=False)
+    assert [cell["compression"] for cell in cells] == [1] and len(outcomes) == 6
+    conf.compressions = [1, 4]
+    with pytest.raises(ValueError, match=r"scorer=dense cannot compress.*\[1, 4\]"):
+        evaluate(model, tokenizer, conf, progress=False)
+
+
+def test_prompts_that_do_not_fit_show_before_a_model_is_needed(
+    conf: EvaluationConf, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    conf.length = 20
+    with pytest.raises(ContextTooLongError) as error:
+        load_tasks(tokenizer, conf, None)
+    assert error.value.__notes__ == ["in evaluation.tasks.one"]
+
+
+def test_measured_ratio_slots_and_bytes(model: PreTrainedModel) -> None:
+    """S 16, L 128, K 32: 4x is 3.37x at 4,096 tokens. One of three layers dense. 2 KV heads of 8 channels."""
+    attention = SparseAttentionConfig(sink_size=16, lag_size=128, keep_ratio=0.25)
+    all_layers = measure_cache(model, attention, [4096], "32-true")
+    assert round(all_layers["measured_ratio"], 2) == 3.37
+    slots = all_layers["slots"]
+    cell = measure_cache(
+        model, SparseAttentionConfig(sink_size=16, lag_size=128, keep_ratio=0.25, dense_layers=(-1,)), [4096], "32-true"
+    )
+    assert cell["kept_per_layer"] == [slots, slots, 4096]
+    assert cell["kv_bytes_per_layer"] == [2 * 2 * 8 * 4 * kept for kept in cell["kept_per_layer"]]
+    assert cell["measured_ratio"] == pytest.approx(3 * 4096 / (2 * slots + 4096))
+    half = measure_cache(model, attention, [4096, 100], "bf16-mixed")
+    assert half["length"] == 2098 and half["slots"] == (slots + 100) / 2
+    assert half["kv_bytes_per_layer"] == [2 * 2 * 8 * 2 * half["slots"]] * 3
