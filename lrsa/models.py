@@ -125,6 +125,8 @@ def set_attention(model: nn.Module, attention: SparseAttentionConfig | None, *, 
     """
     base = _base(model)
     config = base.config
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} is unknown: choose one of {', '.join(BACKENDS)}")
     if attention is None:
         if hasattr(config, NAME):
             delattr(config, NAME)
@@ -136,13 +138,17 @@ def set_attention(model: nn.Module, attention: SparseAttentionConfig | None, *, 
             raise ValueError(
                 f"{type(base).__name__} has {', '.join(special)} layers: sparse attention replaces full ones"
             )
-        setattr(config, NAME, attention.to_dict())
         wanted = NAME
     if config._attn_implementation != wanted:
         base.set_attn_implementation(wanted)
+        if config._attn_implementation != wanted:  # transformers only logs a warning, and the model stays dense
+            raise ValueError(
+                f"{type(base).__name__} cannot take another attention: its layers do not call transformers' attention "
+                "interface. Choose an architecture that does, such as Llama, Qwen2, Qwen3, Mistral or Phi3"
+            )
+    if attention is not None:
+        setattr(config, NAME, attention.to_dict())
     if backend is not None:
-        if backend not in BACKENDS:
-            raise ValueError(f"backend={backend!r} is unknown: choose one of {', '.join(BACKENDS)}")
         for module in base.modules():
             if hasattr(module, "layer_idx"):
                 module.lrsa_backend = backend
@@ -242,6 +248,8 @@ class _HubErrors:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, OSError):
+            if Path(self.name).is_dir():
+                raise FileNotFoundError(f"model folder {str(self.name)!r} cannot be loaded: {error}") from error
             raise FileNotFoundError(
                 f"model {str(self.name)!r} is not a local folder, and the Hugging Face hub did not give it: {error}\n"
                 f"Name a local folder with config.json and safetensors (or with gguf_file=...), "
