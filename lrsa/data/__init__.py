@@ -1,0 +1,19 @@
+"""Text to tokens: sources of examples, exact-length assembly, and the training mixture."""
+
+from lrsa.data.assembly import ContextTooLongError, Sample, SampleSet
+from lrsa.data.datamodule import LRSADataModule, collate
+from lrsa.data.examples import DataRowError, Document, Example
+from lrsa.data.sources import SOURCES, load_examples
+
+__all__ = [
+    "SOURCES",
+    "ContextTooLongError",
+    "DataRowError",
+    "Document",
+    "Example",
+    "LRSADataModule",
+    "Sample",
+    "SampleSet",
+    "collate",
+    "load_examples",
+]

@@ -1,0 +1,318 @@
+"""Examples + filler -> samples of exactly T tokens, with the answers' token ranges and the depth of the gold passages.
+
+    head instruction | block block ... block | question tail lead answer end | turn question tail lead answer end ...
+                     '------- context -------'
+
+The rule: every piece is tokenised on its own, without special tokens, with its separator in front, and the ids are
+joined. A context of documents holds the gold passages, then as many other passages as fit (the example's own ones
+first, then passages of other articles of the same split), then filler prose, its last block trimmed to the token. A
+synthetic context holds the needles between sentences of filler. A gold passage goes to the gap between blocks that is
+nearest to its drawn depth; what is recorded is where it came to stand. Nothing else is ever cut: what does not fit
+is a ContextTooLongError. A sample depends on (stream, conf.seed, index) alone.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from lrsa.config import ExamplesConf
+from lrsa.data.examples import Document, Example, stream_rng
+from lrsa.data.filler import NEW_PARAGRAPH, SAME_PARAGRAPH, Filler
+from lrsa.data.placement import Joiner, place, shuffled
+from lrsa.data.prompts import conversation_pieces, make_prompt
+from lrsa.data.sources import SYNTHETIC_SAMPLES, Loaded, draw_context, load, plain_conf, source_args, source_of
+from lrsa.data.tokens import Ids, default_cache_dir, digest, token_store
+
+RULE = "1"  # of assembly; raise it when the same inputs give other samples, so that fingerprints tell
+_MISSES = 16  # passages in a row that are too long for what is left, before filler takes over
+
+
+class ContextTooLongError(ValueError):
+    """What a sample must hold takes more than T tokens; the message says by how many."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Token ids with the ranges to learn or score.
+
+    `answer_spans` are half-open ranges of `input_ids`, one a question, the end-of-turn token included; `answers` the
+    references of each question (the first is the one in the tokens); `gold_depth` where each gold passage starts,
+    0 to 1 of the context's tokens, in the order of the questions' documents.
+    """
+
+    id: str
+    input_ids: list[int]
+    answer_spans: list[tuple[int, int]]
+    question_ids: tuple[str, ...]
+    answers: tuple[tuple[str, ...], ...]
+    gold_depth: tuple[float, ...]
+    length: int
+
+
+class SampleSet(Dataset[Sample]):
+    """Map-style data set of samples. `[i]`, i < len, for evaluation; `sample(i)` goes on for ever, reshuffled an epoch.
+
+    length: tokens of every sample with documents, T; None: no filler, as long as the example is. Conversations and
+    prompt-answer rows keep their own length, at most T.
+    context=False: the questions alone, without instruction or documents (the no-context floor), under the same ids.
+    stream: name of the random stream; training uses `train/<part>/<run seed>`, evaluation `evaluation`, and every draw
+    is keyed by it, so equal seeds never give equal draws.
+    Iterating and `len` follow `conf.limit`; None means every question once (200 contexts of a synthetic source).
+    cache_dir: of tokenised texts; None: $LRSA_CACHE or ~/.cache/lrsa.
+    """
+
+    def __init__(
+        self,
+        conf: ExamplesConf,
+        tokenizer: PreTrainedTokenizerBase,
+        length: int | None,
+        context: bool = True,
+        *,
+        stream: str = "evaluation",
+        cache_dir: Path | None = None,
+        loaded: Loaded | None = None,
+    ) -> None:
+        conf = plain_conf(conf)
+        self.conf, self.length, self.context, self.stream = conf, length if context else None, context, stream
+        self.args = source_args(conf)
+        if conf.questions < 1:
+            raise ValueError(f"questions={conf.questions} must be at least 1")
+        if conf.limit is not None and conf.limit < 1:
+            raise ValueError(f"limit={conf.limit} must be at least 1, or null for everything")
+        self.synthetic = source_of(conf).read is None
+        self.loaded = loaded or (Loaded([], f"synthetic {conf.source}") if self.synthetic else load(conf, stream))
+        self.examples = self.loaded.examples
+        self.store = token_store(tokenizer, cache_dir or default_cache_dir())
+        self.prompt = make_prompt(conf.prompt, tokenizer)
+        self.bare = not self.synthetic and not self.examples[0].documents
+        if self.bare and conf.questions != 1:
+            raise ValueError(f"questions={conf.questions}: rows without documents share no context; set questions: 1")
+        have = len(self.examples)
+        if not self.synthetic and conf.questions > have:
+            raise ValueError(f"questions={conf.questions} a context, but {self.loaded.origin} has only {have}")
+        self.pool = list({d.text: d for e in self.examples for d in e.documents}.values()) if context else []
+        self.store.preload(self._passage(d) for e in self.examples for d in e.documents if context)
+        with_filler = self.length is not None and not self.bare
+        self.filler = Filler(conf.filler, self.store) if with_filler else None
+        self._order: tuple[int, list[int]] = (-1, [])
+        self.template = self._template()
+        self.fingerprint = self._fingerprint()
+
+    # ---- what there is
+
+    @property
+    def epoch(self) -> int:
+        """Samples until every question has been asked once."""
+        return SYNTHETIC_SAMPLES if self.synthetic else -(-len(self.examples) // self.conf.questions)
+
+    def __len__(self) -> int:
+        if self.conf.limit is None:
+            return self.epoch
+        return self.conf.limit if self.synthetic else min(self.conf.limit, self.epoch)
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        return self.sample(index)
+
+    def examples_of(self, index: int) -> list[Example]:
+        """The questions of sample `index`: the next ones of the epoch's shuffled order, or a synthetic draw."""
+        if self.synthetic:
+            return draw_context(self.conf, index, self.stream)
+        epoch, within = divmod(index, self.epoch)
+        if self._order[0] != epoch:
+            order = list(range(len(self.examples)))
+            self._rng("order", epoch).shuffle(order)
+            self._order = (epoch, order)
+        chosen = self._order[1][within * self.conf.questions : (within + 1) * self.conf.questions]
+        return [self.examples[number] for number in chosen]
+
+    def describe(self) -> dict[str, Any]:
+        """For the record: origin, fingerprint, number of samples, template, length."""
+        return {
+            "source": self.conf.source,
+            "origin": self.loaded.origin,
+            "filler": self.filler.origin if self.filler else None,
+            "fingerprint": self.fingerprint,
+            "n": len(self),
+            "questions": self.conf.questions,
+            "length": self.length,
+            "context": self.context,
+            "template": self.template,
+            "truncation": "none",
+        }
+
+    def _template(self) -> str:
+        if self.bare and self.examples[0].messages:
+            return "messages, through the tokenizer's chat template"
+        gap = f"{self.args['instruction']}{{documents}}{NEW_PARAGRAPH}" if self.context and not self.bare else ""
+        return self.prompt.template(gap, self.conf.questions > 1)
+
+    def _fingerprint(self) -> str:
+        """Over what decides the samples; not over paths: the same rows from the hub or a folder are the same data."""
+        said = {k: v for k, v in asdict(self.conf).items() if k not in ("weight", "path", "split", "filler", "args")}
+        said |= {"args": {k: v for k, v in self.args.items() if k not in ("config", "revision")}}
+        said |= {"length": self.length, "context": self.context, "stream": self.stream}
+        filler = self.filler.fingerprint if self.filler else ""
+        parts = [RULE, json.dumps(said, sort_keys=True, default=str), self.store.fingerprint, self.template, filler]
+        return digest([*parts, digest(repr(example) for example in self.examples)])
+
+    def _rng(self, *key: object) -> random.Random:
+        return stream_rng(self.stream, self.conf.seed, self.conf.source, *key)
+
+    # ---- one sample
+
+    def sample(self, index: int) -> Sample:
+        """Sample `index` >= 0 of the endless stream. ContextTooLongError when it does not fit T."""
+        examples = self.examples_of(index)
+        joiner = Joiner()
+        depths: list[float] = []
+        if examples[0].messages:
+            self._conversation(examples[0], joiner)
+        else:
+            depths = self._questions(examples, joiner, index)
+        return Sample(
+            id=_name(examples),
+            input_ids=joiner.ids(),
+            answer_spans=joiner.spans,
+            question_ids=tuple(example.id for example in examples),
+            answers=tuple(example.answers for example in examples),
+            gold_depth=tuple(depths),
+            length=joiner.size,
+        )
+
+    def check(self, count: int) -> None:
+        """Raise ContextTooLongError now if one of the first `count` samples would not fit, rather than hours later."""
+        if self.length is None:
+            return
+        if self.synthetic or self.bare:
+            count = min(count, 1 if self.synthetic else self.epoch)
+            for index in range(count):
+                self.sample(index)
+            return
+        for index in range(count):
+            examples = self.examples_of(index)
+            texts = self._texts(examples)
+            # no tokenizer makes more tokens than bytes (plus one a piece): most samples pass without being built
+            bound = sum(len(ids) for ids in self._documents(examples)[0]) + len(texts)
+            if bound + sum(len(text.encode()) for text in texts) > self.length:
+                self.sample(index)
+
+    def _conversation(self, example: Example, joiner: Joiner) -> None:
+        """Loss on what the assistant writes, each answer with its end of turn."""
+        try:
+            pieces = conversation_pieces(self.store.tokenizer, example.messages)
+        except ValueError as error:
+            raise ValueError(f"example {example.id} of {self.loaded.origin}: {error}") from error
+        for texts, target in pieces:
+            joiner.add(*self.store.encode(texts), target=target)
+        self._check_size([example], joiner.size)
+
+    def _texts(self, examples: list[Example]) -> list[str]:
+        """What goes around the context: the opening (with a context), then three pieces a question."""
+        prompt, with_context = self.prompt, self.context and not self.bare
+        texts = [prompt.head + str(self.args["instruction"])] if with_context else []
+        for number, example in enumerate(examples):
+            asked = prompt.question.format(question=example.question) + prompt.tail
+            before = prompt.turn if number else NEW_PARAGRAPH if with_context else prompt.head
+            texts += [before + asked, prompt.lead + example.answers[0], prompt.end]
+        return texts
+
+    def _questions(self, examples: list[Example], joiner: Joiner, index: int) -> list[float]:
+        pieces = self.store.encode(self._texts(examples))
+        depths: list[float] = []
+        if len(pieces) % 3:
+            joiner.add(pieces.pop(0))
+            blocks, depths = self._context(examples, joiner.size + sum(map(len, pieces)), index)
+            joiner.add(*blocks)
+        for number in range(0, len(pieces), 3):
+            joiner.add(pieces[number])
+            joiner.add(pieces[number + 1], pieces[number + 2], target=True)
+        self._check_size(examples, joiner.size)
+        return depths
+
+    # ---- its context
+
+    def _context(self, examples: list[Example], fixed: int, index: int) -> tuple[list[Ids], list[float]]:
+        """All blocks between instruction and question, T - fixed tokens together, and the gold passages' depths."""
+        rng = self._rng("context", index)
+        gold, others = self._documents(examples)
+        taken = fixed + sum(map(len, gold))
+        if self.length is None:
+            background = others
+            rng.shuffle(background)
+        else:
+            self._check_size(examples, taken)
+            assert self.filler is not None
+            background = [] if self.synthetic else self._passages(examples, others, self.length - taken, rng)
+            left = self.length - taken - sum(map(len, background))
+            background += self.filler.blocks(rng, left, by_sentence=self.synthetic)
+            if not self.synthetic:
+                rng.shuffle(background)
+        grid = self.args["depths"]
+        wanted = [float(grid[(index + k) % len(grid)]) if grid else rng.random() for k in range(len(gold))]
+        blocks, fell = place(background, gold, wanted)
+        return blocks, [fell[k] for k in self._asked(examples)]
+
+    def _documents(self, examples: list[Example]) -> tuple[list[Ids], list[Ids]]:
+        """Ids of what must be in the context (gold; all needles), and of the examples' own other passages."""
+        if self.synthetic:
+            return self.store.encode([SAME_PARAGRAPH + d.text for d in examples[0].documents]), []
+        supporting = dict.fromkeys(d.text for e in examples for d in e.documents if d.is_supporting)
+        unique = {d.text: d for e in examples for d in e.documents}
+        gold = [self.store.get(self._passage(unique[text])) for text in supporting]
+        return gold, [self.store.get(self._passage(d)) for text, d in unique.items() if text not in supporting]
+
+    def _asked(self, examples: list[Example]) -> list[int]:
+        """Positions, in the gold list, of the passages that the questions need."""
+        if self.synthetic:
+            return [k for e in examples for k, d in enumerate(e.documents) if d.is_supporting]
+        return list(range(len({d.text for e in examples for d in e.documents if d.is_supporting})))
+
+    def _passages(self, examples: list[Example], own: list[Ids], room: int, rng: random.Random) -> list[Ids]:
+        """The examples' own other passages, then passages of other articles, as many as fit `room` tokens."""
+        most = self.args["max_distractors"]
+        groups = {document.group for example in examples for document in example.documents}
+        texts = {document.text for example in examples for document in example.documents}
+        others = (self.pool[number] for number in shuffled(len(self.pool), rng))
+        fresh = (self.store.get(self._passage(d)) for d in others if d.group not in groups and d.text not in texts)
+        found: list[Ids] = []
+        misses = 0
+        rng.shuffle(own)
+        for candidates in (own, fresh):
+            for ids in candidates:
+                if misses >= _MISSES or (most is not None and len(found) >= most):
+                    break
+                if len(ids) > room:
+                    misses += 1
+                    continue
+                found.append(ids)
+                room -= len(ids)
+                misses = 0
+        return found
+
+    def _passage(self, document: Document) -> str:
+        titled = self.args["titles"] and document.title
+        return NEW_PARAGRAPH + (f"{document.title}\n" if titled else "") + document.text
+
+    def _check_size(self, examples: list[Example], size: int) -> None:
+        if self.length is None or size <= self.length:
+            return
+        several = f", ask fewer than questions={self.conf.questions} a context" if len(examples) > 1 else ""
+        raise ContextTooLongError(
+            f"example {_name(examples)} of {self.loaded.origin}: its prompt, gold passages and answers take {size} "
+            f"tokens, {size - self.length} more than length={self.length}; nothing is cut: raise the length{several}, "
+            "or take the example out"
+        )
+
+
+def _name(examples: list[Example]) -> str:
+    more = f"+{len(examples) - 1}" if len(examples) > 1 else ""
+    return examples[0].id + more

@@ -1,0 +1,49 @@
+"""What every data source produces: questions with their documents, before any tokenizer is involved."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+
+class DataRowError(ValueError):
+    """A malformed row of a data file; the message names file, line and column."""
+
+    def __init__(self, file: str, line: int, column: str, problem: str) -> None:
+        super().__init__(f"{file}, line {line}, column {column!r}: {problem}")
+        self.file, self.line, self.column = file, line, column
+
+
+@dataclass(frozen=True)
+class Document:
+    """A passage. `is_supporting`: the answer needs it (gold), so it must be in the context; others need not."""
+
+    title: str
+    text: str
+    is_supporting: bool = True
+
+    @property
+    def group(self) -> str:
+        """What a distractor must not share with a gold passage: the article, or the passage where no title is known."""
+        return self.title or self.text
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question. `answers[0]` is the training target, the others further references.
+
+    `group` is the article (distractors come from other groups). `messages` holds a whole conversation as
+    (role, content) pairs instead: `question` and `documents` are then empty.
+    """
+
+    id: str
+    question: str
+    answers: tuple[str, ...]
+    documents: tuple[Document, ...] = ()
+    group: str = ""
+    messages: tuple[tuple[str, str], ...] = ()
+
+
+def stream_rng(*key: object) -> random.Random:
+    """A generator that depends on `key` alone: not on the process, PYTHONHASHSEED or what was drawn before."""
+    return random.Random(":".join(str(part) for part in key))

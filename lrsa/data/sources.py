@@ -1,0 +1,202 @@
+"""Sources of examples: SQuAD, HotpotQA, one's own JSONL, and the synthetic tasks. To add one: a function and a line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from lrsa.config import ExamplesConf
+from lrsa.data.examples import Document, Example, stream_rng
+from lrsa.data.rows import Row, locate, read_rows
+from lrsa.data.synthetic import SYNTHETIC
+
+SYNTHETIC_SAMPLES = 200  # contexts of a synthetic source whose `limit` is not set (a training stream never ends)
+
+QA_INSTRUCTION = "Read the documents and answer the questions. Reply with the answer alone, in a few words."
+
+# Arguments that decide how a sample is laid out; see lrsa.data.assembly.
+LAYOUT_ARGS: dict[str, Any] = {"instruction": QA_INSTRUCTION, "depths": None}
+DOCUMENT_ARGS: dict[str, Any] = {**LAYOUT_ARGS, "titles": False, "max_distractors": None}
+HUB_ARGS: dict[str, Any] = {"config": None, "revision": None}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Examples and the short name of where they came from."""
+
+    examples: list[Example]
+    origin: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """`read` turns one row into an example; `args` are the arguments the source takes, with their defaults."""
+
+    read: Callable[[Row], Example] | None  # None: synthetic
+    args: dict[str, Any]
+    path: str | None = None  # default
+
+
+def read_squad(row: Row) -> Example:
+    """A row of `rajpurkar/squad`: id, title (optional), context, question, answers{text}."""
+    title = row.text("title", default="").replace("_", " ")
+    document = Document(title, row.text("context"))
+    answers = tuple(dict.fromkeys(answer.strip() for answer in row.texts("answers.text")))
+    return Example(row.text("id"), row.text("question").strip(), answers, (document,), document.group)
+
+
+def read_hotpotqa(row: Row) -> Example:
+    """A row of `hotpotqa/hotpot_qa`: id, question, answer, supporting_facts{title}, context{title, sentences}."""
+    titles = row.texts("context.title")
+    sentences = row.data["context"].get("sentences")
+    well_formed = isinstance(sentences, list) and all(
+        isinstance(one, list) and all(isinstance(sentence, str) for sentence in one) for one in sentences
+    )
+    if not well_formed or len(sentences) != len(titles):
+        row.fail("context.sentences", f"expected one list of strings for each of {len(titles)} titles")
+    supporting = set(row.texts("supporting_facts.title"))
+    if not supporting <= set(titles):
+        row.fail("supporting_facts.title", f"{sorted(supporting - set(titles))} is not among context.title")
+    documents = tuple(
+        Document(title, "".join(text).strip(), title in supporting)
+        for title, text in zip(titles, sentences, strict=True)
+        if "".join(text).strip()
+    )
+    return Example(row.text("id"), row.text("question").strip(), (row.text("answer").strip(),), documents)
+
+
+def _messages(row: Row) -> tuple[tuple[str, str], ...]:
+    messages = row.data["messages"]
+    if not isinstance(messages, list) or not messages:
+        row.fail("messages", "expected a list of {role, content}")
+    pairs: list[tuple[str, str]] = []
+    for index, message in enumerate(messages):
+        role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
+        if not isinstance(role, str) or not isinstance(content, str) or not role or not content.strip():
+            row.fail(f"messages[{index}]", f"expected role and content as strings, got {message!s:.80}")
+        pairs.append((role, content))
+    if "assistant" not in [role for role, _ in pairs] or pairs[0][0] == "assistant":
+        row.fail("messages", "an assistant's message must follow the first one: there is nothing to learn from")
+    return tuple(pairs)
+
+
+def _documents(row: Row) -> tuple[Document, ...]:
+    given = row.data["documents"]
+    if not isinstance(given, list):
+        row.fail("documents", f"expected a list, got {type(given).__name__}")
+    documents = []
+    for index, item in enumerate(given):
+        entry = {"text": item} if isinstance(item, str) else item
+        if not isinstance(entry, dict) or not isinstance(entry.get("text"), str) or not entry["text"].strip():
+            row.fail(f"documents[{index}]", "expected a text, or an object with title, text and is_supporting")
+        title, supporting = entry.get("title") or "", entry.get("is_supporting", True)
+        if not isinstance(title, str) or not isinstance(supporting, bool):
+            row.fail(f"documents[{index}]", "title must be a string and is_supporting true or false")
+        documents.append(Document(title, entry["text"].strip(), supporting))
+    return tuple(documents)
+
+
+def read_jsonl(row: Row) -> Example:
+    """One's own row: `messages`; or `prompt` and `answer` (`response`, `completion`); or these with `documents`.
+
+    `question` is another name of `prompt`, `answers` a list of references, the first one the target.
+    """
+    identity = str(row.data.get("id") or f"row-{row.line}")
+    if row.data.get("messages") is not None:
+        return Example(identity, "", (), messages=_messages(row))
+    asked = next((name for name in ("prompt", "question") if row.data.get(name) is not None), None)
+    if asked is None:
+        row.fail("messages", f"missing, as are prompt and question (the row has {', '.join(row.data) or 'nothing'})")
+    column = next((n for n in ("answers", "answer", "response", "completion") if row.data.get(n) is not None), "answer")
+    if isinstance(row.data.get(column), list):
+        answers = tuple(row.texts(column))
+    else:
+        answers = (row.text(column),)
+    documents = _documents(row) if row.data.get("documents") is not None else ()
+    group = next((document.group for document in documents if document.is_supporting), "")
+    return Example(identity, row.text(asked).strip(), tuple(answer.strip() for answer in answers), documents, group)
+
+
+SOURCES: dict[str, Source] = {
+    "squad": Source(read_squad, {**DOCUMENT_ARGS, **HUB_ARGS}, "rajpurkar/squad"),
+    "hotpotqa": Source(
+        read_hotpotqa, {**DOCUMENT_ARGS, **HUB_ARGS, "titles": True, "config": "distractor"}, "hotpotqa/hotpot_qa"
+    ),
+    "jsonl": Source(read_jsonl, {**DOCUMENT_ARGS, **HUB_ARGS}),
+    **{name: Source(None, {**LAYOUT_ARGS, **args}) for name, (_, args) in SYNTHETIC.items()},
+}
+
+
+def plain_conf(conf: ExamplesConf) -> ExamplesConf:
+    """A copy of `conf` as a plain dataclass, checked against the schema where it comes from Hydra."""
+    if not OmegaConf.is_config(conf):
+        return deepcopy(conf)
+    checked = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ExamplesConf), conf))
+    assert isinstance(checked, ExamplesConf)
+    return checked
+
+
+def source_of(conf: ExamplesConf) -> Source:
+    """The source that `conf` names; ValueError lists the valid ones."""
+    if conf.source not in SOURCES:
+        raise ValueError(f"unknown source {conf.source!r}; valid: {', '.join(SOURCES)}")
+    return SOURCES[conf.source]
+
+
+def source_args(conf: ExamplesConf) -> dict[str, Any]:
+    """`conf.args` over the source's defaults; ValueError for a name that the source does not know."""
+    defaults = source_of(conf).args
+    unknown = [name for name in conf.args if name not in defaults]
+    if unknown:
+        raise ValueError(f"source {conf.source!r} has no args {unknown}; valid: {', '.join(defaults)}")
+    args = {**defaults, **conf.args}
+    if source_of(conf).read is None and conf.path is not None:
+        raise ValueError(f"source {conf.source!r} is synthetic and reads no path; got path={conf.path!r}")
+    depths = args["depths"]
+    if depths is not None and not (depths and all(0 <= float(depth) <= 1 for depth in depths)):
+        raise ValueError(f"args.depths={depths} must be a list of positions from 0 (start) to 1 (end)")
+    return args
+
+
+def draw_context(conf: ExamplesConf, index: int, stream: str) -> list[Example]:
+    """Context `index` of a synthetic source: `conf.questions` examples that share their documents."""
+    draw, _ = SYNTHETIC[conf.source]
+    rng = stream_rng(stream, conf.seed, conf.source, "draw", index)
+    return draw(source_args(conf), conf.questions, rng, f"{conf.source}-{index:05d}")
+
+
+def load(conf: ExamplesConf, stream: str = "evaluation") -> Loaded:
+    """All examples of `conf`, in the order of the file, and their origin; `limit` contexts of a synthetic source.
+
+    Raises DataRowError (file, line, column) for a malformed row, ValueError for an unknown source, split or argument,
+    ConnectionError when the hub cannot be reached, FileNotFoundError for a path that does not exist.
+    """
+    conf = plain_conf(conf)
+    source, args = source_of(conf), source_args(conf)
+    if source.read is None:
+        count = SYNTHETIC_SAMPLES if conf.limit is None else conf.limit
+        drawn = [example for index in range(count) for example in draw_context(conf, index, stream)]
+        return Loaded(drawn, f"synthetic {conf.source}")
+    located = locate(conf.path or source.path, conf.split)
+    examples: list[Example] = []
+    shared: dict[Document, Document] = {}  # a paragraph's questions share one object
+    for row in read_rows(located, args["config"], args["revision"]):
+        example = source.read(row)
+        if examples and bool(example.documents) != bool(examples[0].documents):
+            row.fail("documents", "some rows have documents and others none: put them into separate files (parts)")
+        documents = tuple(shared.setdefault(document, document) for document in example.documents)
+        examples.append(
+            Example(example.id, example.question, example.answers, documents, example.group, example.messages)
+        )
+    if not examples:
+        raise ValueError(f"{located.origin} has no rows")
+    return Loaded(examples, located.origin)
+
+
+def load_examples(conf: ExamplesConf) -> list[Example]:
+    """The examples of `load`, without their origin."""
+    return load(conf).examples

@@ -1,0 +1,111 @@
+"""Seeded recall tasks in the wording of RULER (Hsieh et al. 2024, arXiv 2404.06654): passkey and multi-key needles.
+
+A draw is one context: needles (all of them supporting documents, one sentence each) and the questions about some of
+them. The haystack comes from the assembly. Draws depend on the generator alone.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+from lrsa.data.examples import Document, Example
+from lrsa.data.wordlists import ADJECTIVES, NOUNS
+
+NEEDLES_INSTRUCTION = (
+    "Some special magic numbers are hidden within the following text. Make sure to memorize them. "
+    "I will quiz you about the numbers afterwards."
+)
+PASSKEY_INSTRUCTION = (
+    "There is a pass key hidden inside a lot of irrelevant text. Find it and memorize it. "
+    "I will quiz you about the pass key afterwards."
+)
+
+NEEDLES_ARGS: dict[str, Any] = {
+    "needles": 24,  # a context
+    "value_digits": 7,  # or words, with values: words
+    "values": "digits",  # digits | words
+    "key_words": 2,  # 1: a noun; 2: adjective-noun
+    "statement": "The special magic number for {key} is: {value}.",
+    "question": "What is the special magic number for {key} mentioned in the provided text?",
+    "instruction": NEEDLES_INSTRUCTION,
+}
+PASSKEY_ARGS: dict[str, Any] = {
+    "value_digits": 5,
+    "values": "digits",
+    "statement": "The pass key is {value}. Remember it. {value} is the pass key.",
+    "question": "What is the pass key?",
+    "instruction": PASSKEY_INSTRUCTION,
+}
+
+
+def _value(rng: random.Random, args: dict[str, Any]) -> str:
+    size = int(args["value_digits"])
+    if args["values"] == "digits":
+        return "".join(rng.choices("0123456789", k=size))
+    return " ".join(rng.sample(NOUNS, size))
+
+
+def _distinct(draw: Callable[[], str], count: int) -> list[str]:
+    found: dict[str, None] = {}
+    while len(found) < count:
+        found.setdefault(draw())
+    return list(found)
+
+
+def _check(args: dict[str, Any], count: int, n_keys: int) -> None:
+    if args["values"] not in ("digits", "words"):
+        raise ValueError(f"args.values={args['values']!r} is unknown; valid: digits, words")
+    size = int(args["value_digits"])
+    n_values = 10**size if args["values"] == "digits" else len(NOUNS) ** size
+    if size < 1 or count > n_values:
+        raise ValueError(f"args.needles={count} distinct values do not exist with args.value_digits={size}")
+    if not 1 <= count <= n_keys:
+        raise ValueError(f"args.needles={count} must lie in [1, {n_keys}], the number of keys at this args.key_words")
+
+
+def draw_needles(args: dict[str, Any], questions: int, rng: random.Random, prefix: str) -> list[Example]:
+    """One context of `args['needles']` needles with distinct keys and values, `questions` of them asked.
+
+    Returns one example a question, ids `<prefix>-<k>`; each carries all needles, only its own marked supporting.
+    """
+    count, words = int(args["needles"]), int(args["key_words"])
+    if words not in (1, 2):
+        raise ValueError(f"args.key_words={words} must be 1 (noun) or 2 (adjective-noun)")
+    _check(args, count, len(NOUNS) * (len(ADJECTIVES) if words == 2 else 1))
+    if questions > count:
+        raise ValueError(f"questions={questions} exceeds args.needles={count}: a needle is asked for at most once")
+    if words == 1:
+        keys = rng.sample(NOUNS, count)
+    else:
+        keys = _distinct(lambda: f"{rng.choice(ADJECTIVES)}-{rng.choice(NOUNS)}", count)
+    values = _distinct(lambda: _value(rng, args), count)
+    statements = [args["statement"].format(key=key, value=value) for key, value in zip(keys, values, strict=True)]
+    asked = rng.sample(range(count), questions)
+    return [
+        Example(
+            id=f"{prefix}-{k}",
+            question=args["question"].format(key=keys[target]),
+            answers=(values[target],),
+            documents=tuple(Document(keys[j], statement, j == target) for j, statement in enumerate(statements)),
+        )
+        for k, target in enumerate(asked)
+    ]
+
+
+def draw_passkey(args: dict[str, Any], questions: int, rng: random.Random, prefix: str) -> list[Example]:
+    """One context with a single pass key. `questions` must be 1."""
+    if questions != 1:
+        raise ValueError(f"questions={questions}: a passkey context has one pass key, so set questions: 1")
+    _check(args, 1, 1)
+    value = _value(rng, args)
+    document = Document("pass key", args["statement"].format(value=value))
+    return [Example(f"{prefix}-0", args["question"], (value,), (document,))]
+
+
+# name -> (draw one context, its arguments with their defaults)
+SYNTHETIC: dict[str, tuple[Callable[[dict[str, Any], int, random.Random, str], list[Example]], dict[str, Any]]] = {
+    "needles": (draw_needles, NEEDLES_ARGS),
+    "passkey": (draw_passkey, PASSKEY_ARGS),
+}
