@@ -35,17 +35,49 @@ def attend(query: Tensor, key: Tensor, value: Tensor, index: Tensor, geometry: G
     layout = _layout(geometry, padded, geometry.sink + index.shape[-1], query.device)
 
     def rows(x: Tensor) -> Tensor:
-        kept = x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[-1]))
-        used = geometry.sink + index.shape[-1]
-        gap = x.new_zeros((*x.shape[:2], layout.raw_offset - used, x.shape[-1]))
-        tail = x.new_zeros((*x.shape[:2], padded - tokens, x.shape[-1]))
-        return torch.cat([x[:, :, : geometry.sink], kept, gap, x, tail], 2)
+        return _Rows.apply(x, index, geometry.sink, layout.raw_offset, layout.raw_offset + padded)
 
     query = torch.nn.functional.pad(query, (0, 0, 0, padded - tokens))
     # One compiled kernel a shape: a study has a handful of ratios, more than the default limit of recompilations.
     with torch._dynamo.config.patch(recompile_limit=256):
         out = _compiled()(query, rows(key), rows(value), block_mask=layout.mask, scale=scale, enable_gqa=True)
     return out[:, :, :tokens]
+
+
+class _Rows(torch.autograd.Function):
+    """``x [B, H, T, D]`` -> ``[sinks | kept | gap | x | tail]`` of ``length`` rows, zeros in gap and tail.
+
+    Autograd's own backward would add up three tensors of full size, one of them by atomics; kept positions are unique.
+    """
+
+    @staticmethod
+    def forward(ctx, x, index, sink, raw_offset, length):
+        batch, heads, tokens, dim = x.shape
+        used = sink + index.shape[-1]
+        rows = x.new_empty((batch, heads, length, dim))
+        rows[:, :, :sink] = x[:, :, :sink]
+        torch.gather(x, 2, _expand(index, dim), out=rows[:, :, sink:used])
+        rows[:, :, used:raw_offset] = 0
+        rows[:, :, raw_offset : raw_offset + tokens] = x
+        rows[:, :, raw_offset + tokens :] = 0
+        ctx.save_for_backward(index)
+        ctx.sizes = sink, used, raw_offset, tokens
+        return rows
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        (index,) = ctx.saved_tensors
+        sink, used, raw_offset, tokens = ctx.sizes
+        positions = _expand(index, grad.shape[-1])
+        total = grad[:, :, raw_offset : raw_offset + tokens].clone()
+        total[:, :, :sink] += grad[:, :, :sink]
+        total.scatter_(2, positions, total.gather(2, positions) + grad[:, :, sink:used])
+        return total, None, None, None, None
+
+
+def _expand(index: Tensor, dim: int) -> Tensor:
+    return index[..., None].expand(-1, -1, -1, dim)
 
 
 @functools.cache

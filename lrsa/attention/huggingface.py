@@ -61,6 +61,8 @@ def attention(
             f"attention_mask {tuple(attention_mask.shape)}: the lrsa attention takes the tokenizer's [B, T] mask; "
             "a ready-made 4-D mask would contradict the visibility rule"
         )
+    if torch.is_autocast_enabled(query.device.type):  # as PyTorch's attention does; RoPE hands out float32
+        query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
     document_ids = kwargs.get("document_ids")
     if document_ids is None:
         document_ids = _document_ids(attention_mask, kwargs.get("position_ids"), query)
