@@ -1,0 +1,56 @@
+"""Inputs and comparisons shared by the tests of the attention.
+
+B batch, Hq query heads, H key/value heads, T tokens, D head dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from lrsa.attention import SparseAttentionConfig, sparse_attention
+
+
+def random_inputs(
+    batch: int, query_heads: int, heads: int, tokens: int, dim: int, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Query ``[B, Hq, T, D]``, key and value ``[B, H, T, D]``, standard normal, the same for a seed in every dtype."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(batch, n, tokens, dim) for n in (query_heads, heads, heads)]
+    query, key, value = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+    return query, key, value
+
+
+def forward_and_gradients(function: Callable[..., Tensor], *inputs: Tensor, seed: int = 1) -> list[Tensor]:
+    """Output, then the gradient of each input, for a random direction that no symmetry hides."""
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    out = function(*leaves)
+    direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed)).to(out.dtype)
+    return [out.detach(), *torch.autograd.grad(out, leaves, direction)]
+
+
+def attend(config: SparseAttentionConfig, backend: str, **options) -> Callable[..., Tensor]:
+    return lambda q, k, v: sparse_attention(q, k, v, config, backend=backend, **options)
+
+
+def assert_no_worse(
+    fast: Sequence[Tensor], plain: Sequence[Tensor], exact: Sequence[Tensor], factor: float = 2.0
+) -> None:
+    """``fast`` errs against ``exact`` (float64) at most ``factor`` times as much as ``plain`` does, plus rounding.
+
+    The floor is a few units in the last place of the largest entry: where ``plain`` happens to be exact.
+    """
+    for name, f, p, e in zip(("output", "d query", "d key", "d value"), fast, plain, exact, strict=True):
+        assert f.dtype == p.dtype and f.shape == p.shape == e.shape, name
+        assert f.isfinite().all(), f"{name}: not finite"
+        floor = 8 * torch.finfo(p.dtype).eps * e.abs().max().item()
+        allowed = factor * (p.double() - e).abs().max().item() + floor
+        error = (f.double() - e).abs().max().item()
+        assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e}"
+
+
+def packed_ids(*rows: Sequence[tuple[int, int]]) -> Tensor:
+    """``document_ids`` from runs of (id, length)."""
+    return torch.tensor([[i for i, length in row for _ in range(length)] for row in rows])
