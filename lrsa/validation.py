@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lrsa.attention import SparseAttentionConfig, from_conf
+from lrsa.attention import BACKENDS, SparseAttentionConfig, from_conf
 from lrsa.config import (
     AttentionConf,
     DataConf,
@@ -103,6 +103,8 @@ def _raised(where: str, function: Callable[[], object]) -> list[str]:
 def _model(conf: ModelConf) -> Iterator[str]:
     if conf.dtype not in DTYPES:
         yield f"model.dtype={conf.dtype!r} is unknown; choose one of {', '.join(DTYPES)}"
+    if conf.attention_backend not in BACKENDS:
+        yield f"model.attention_backend={conf.attention_backend!r} is unknown; choose one of {', '.join(BACKENDS)}"
     if conf.config is not None and "model_type" not in conf.config:
         yield f"model.config={conf.config} lacks model_type (llama, qwen2, ...), which says what the fields mean"
     if conf.config is not None and conf.gguf_file is not None:

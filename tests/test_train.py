@@ -1,0 +1,202 @@
+"""The commands as users call them: from any folder, several runs at once, with one's own configs, failing, resuming."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra.core.global_hydra import GlobalHydra
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import lrsa.evaluate
+import lrsa.train
+from lrsa.attention import SparseAttentionConfig
+from lrsa.data.vocabulary import build_tokenizer
+from lrsa.models import get_attention, load_model
+from lrsa.results import Record
+from lrsa.training import NonFiniteLoss
+
+SMALL = [
+    "model=tiny_random",
+    "trainer=cpu",
+    "trainer.progress=false",
+    "data=demo_recall",
+    "task=[recall]",
+    "data.length=256",
+    "attention.sink_size=4",
+    "attention.lag_size=32",
+    "recipe.steps=4",
+    "recipe.batch_size=2",
+    "recipe.warmup_steps=1",
+    "evaluation.tasks.recall.limit=3",
+    "evaluation.compressions=[1,4]",
+    "evaluation.bootstrap=100",
+]
+Command = Callable[..., None]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    build_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def command(tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Command]:
+    """Calls an entry in an empty folder, as its console script does."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+
+    def call(main: Callable[[], Any], *arguments: str, small: bool = True) -> None:
+        settings = [*SMALL, f"model.tokenizer={tokenizer}"] if small else []
+        flags = [argument for argument in arguments if argument.startswith("-")]  # argparse wants them together
+        overrides = [argument for argument in arguments if argument not in flags]
+        monkeypatch.setattr(sys, "argv", ["lrsa", *flags, *settings, *overrides])
+        GlobalHydra.instance().clear()
+        main()
+
+    yield call
+    GlobalHydra.instance().clear()
+
+
+def only(folder: Path, pattern: str) -> Path:
+    (found,) = folder.glob(pattern)
+    return found
+
+
+def test_train_then_evaluate_the_saved_model(command: Command) -> None:
+    command(lrsa.train.main, "logger=none", "run.study=first", "recipe=lrsa_mixed")
+    run = only(Path.cwd(), "outputs/first/lrsa_mixed/*")
+    record = Record.load(run)
+    assert record.status == "finished" and record.overrides[-1] == "recipe=lrsa_mixed"
+    assert record.config["recipe"]["compressions"] == [2, 4, 8] and record.config["attention"]["lag_size"] == 32
+    facts = record.training
+    assert facts is not None
+    assert facts["steps"] == 4 and facts["tokens"] == 4 * 2 * 256 and facts["step_ms_median"] > 0
+    assert facts["peak_memory_bytes"] > 0 and facts["parameters"]["trained"] == facts["parameters"]["total"]
+    assert set(record.metrics) >= {"exact/recall/floor", "exact/recall/full", "exact/recall/4x", "nll/recall/4x"}
+
+    folder = run / "model"
+    assert AutoModelForCausalLM.from_pretrained(folder).config.model_type == "llama"
+    assert AutoTokenizer.from_pretrained(folder).eos_token == "<end>"
+    expected = SparseAttentionConfig(sink_size=4, lag_size=32, keep_ratio=0.25, scorer_args={"value_weight": 1.0})
+    assert get_attention(load_model(folder)) == expected, "the recipe's own ratio, not a drawn one"
+
+    command(
+        lrsa.evaluate.main,
+        f"model.name={folder}",
+        "logger=none",
+        "trainer=cpu",
+        "task=[recall]",
+        "evaluation.tasks.recall.limit=3",
+        "evaluation.compressions=[1,4]",
+        "evaluation.length=256",
+        "evaluation.attention.sink_size=4",
+        "evaluation.attention.lag_size=32",
+        "run.study=first",
+        "run.name=again",
+        small=False,
+    )
+    again = Record.load(only(Path.cwd(), "outputs/first/again/*"))
+    clock = ("seconds", "tokens_per_second")
+    for mine, theirs in zip(again.cells, record.cells, strict=True):
+        assert {k: v for k, v in mine.items() if k not in clock} == {
+            k: pytest.approx(v) if isinstance(v, float) else v for k, v in theirs.items() if k not in clock
+        }
+
+
+def test_multirun_with_own_configs_and_wandb(command: Command, tmp_path: Path) -> None:
+    """`--config-dir` brings an experiment of the user's; the sweep's runs share one W&B group."""
+    own = tmp_path / "my_configs" / "experiment"
+    own.mkdir(parents=True)
+    (own / "mine.yaml").write_text(
+        "# @package _global_\n"
+        "defaults:\n  - override /logger: wandb\n"
+        "run: {study: mine}\n"
+        "recipe: {weight_decay: 0.5}\n"
+        "hydra: {sweeper: {params: {recipe: 'dense,lrsa'}}}\n"
+    )
+    command(lrsa.train.main, "-m", f"--config-dir={own.parent}", "experiment=mine")
+    sweep = only(Path.cwd(), "multirun/mine/*")
+    runs = sorted(path.name for path in sweep.iterdir() if path.is_dir())
+    assert runs == ["0-dense-seed0", "1-lrsa-seed0"]
+    for name, arm in zip(runs, ("dense", "lrsa"), strict=True):
+        record = Record.load(sweep / name)
+        assert (record.status, record.arm, record.study) == ("finished", arm, "mine")
+        assert record.config["recipe"]["weight_decay"] == 0.5
+        offline = only(sweep / name / "wandb", "offline-run-*")
+        content = only(offline, "*.wandb").read_bytes()
+        for said in (sweep.name, "train/loss", "train/tokens_per_second", "exact/recall/4x", "learning_rate"):
+            assert said.encode() in content, said
+        table = json.loads(only(offline, "files/media/table/results*.json").read_text())
+        assert table["columns"][:2] == ["task", "compression"] and len(table["data"]) == 3
+        assert list(offline.glob("files/media/images/figure*.png"))
+
+
+def test_a_failed_run_says_so_and_the_sweep_goes_on(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluate = lrsa.train.evaluate
+
+    def fail_dense(model: Any, *arguments: Any, **options: Any) -> Any:
+        if get_attention(model) is None:
+            raise RuntimeError("disk on fire")
+        return evaluate(model, *arguments, **options)
+
+    monkeypatch.setattr(lrsa.train, "evaluate", fail_dense)
+    with pytest.raises(RuntimeError, match="disk on fire"):
+        command(lrsa.train.main, "-m", "logger=none", "recipe=dense,lrsa", "run.study=broken")
+    dense, sparse = (Record.load(path) for path in sorted(Path.cwd().glob("multirun/broken/*/*-seed0")))
+    assert dense.status == "failed" and dense.error is not None and dense.error["message"] == "disk on fire"
+    assert (dense.folder / "model" / "model.safetensors").exists(), "what was trained is kept"
+    assert sparse.status == "finished"
+
+
+def test_a_broken_setting_leaves_nothing_behind(command: Command) -> None:
+    with pytest.raises(ValueError, match="micro_batch_size=3"):
+        command(lrsa.train.main, "logger=none", "recipe.micro_batch_size=3")
+    assert not list(Path.cwd().glob("outputs/**/record.json"))
+
+
+def test_a_missing_task_file_shows_before_training(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lrsa.train, "fit", lambda *_, **__: pytest.fail("trained although a task cannot be read"))
+    with pytest.raises(FileNotFoundError) as error:
+        command(
+            lrsa.train.main,
+            "logger=none",
+            "task=[recall,squad]",
+            "evaluation.tasks.squad.path=/nowhere/squad",
+            "evaluation.tasks.squad.filler=null",
+        )
+    assert "in evaluation.tasks.squad" in error.value.__notes__
+    assert Record.load(only(Path.cwd(), "outputs/*/*/*")).status == "failed"
+
+
+def test_resume_continues_bit_for_bit(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the real data module: position in the data, schedule, draws, weights."""
+    common = ["logger=none", "recipe=lrsa_mixed", "recipe.micro_batch_size=1", "trainer.checkpoint_every=2"]
+    command(lrsa.train.main, *common, "run.study=whole")
+    step = lrsa.train.PostTraining.training_step
+
+    def die(self: Any, batch: Any, batch_idx: int) -> Any:
+        if self.global_step == 3:
+            raise NonFiniteLoss("preempted")
+        return step(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lrsa.train.PostTraining, "training_step", die)
+        with pytest.raises(NonFiniteLoss, match=r"preempted.*last good checkpoint is"):
+            command(lrsa.train.main, *common, "run.study=cut")
+    cut = only(Path.cwd(), "outputs/cut/*/*")
+    assert Record.load(cut).status == "failed"
+    command(lrsa.train.main, *common, "run.study=resumed", f"resume={cut}")
+    whole, resumed = (only(Path.cwd(), f"outputs/{study}/*/*") for study in ("whole", "resumed"))
+    one, other = (load_model(run / "model").state_dict() for run in (whole, resumed))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    first, second = (Record.load(run) for run in (whole, resumed))
+    assert first.training is not None and second.training is not None
+    assert first.training["loss_curve"] == second.training["loss_curve"]
+    assert first.outcomes() == second.outcomes()
