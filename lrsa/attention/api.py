@@ -190,8 +190,6 @@ def _check(query: Tensor, key: Tensor, value: Tensor, kept: Tensor | None, docum
         )
     if len({x.dtype for x in (query, key, value)}) > 1 and not torch.is_autocast_enabled(query.device.type):
         raise ValueError(f"query, key and value must have one dtype, not {query.dtype}, {key.dtype} and {value.dtype}")
-    if not query.dtype == key.dtype == value.dtype:
-        raise ValueError(f"query, key and value must share a dtype, not {query.dtype}, {key.dtype}, {value.dtype}")
     if query.shape[1] % heads:
         raise ValueError(f"{query.shape[1]} query heads are not a multiple of {heads} key/value heads")
     if kept is not None and (kept.shape != key.shape[:3] or kept.dtype != torch.bool):
