@@ -49,9 +49,9 @@ def _select(
     """One operator, so that activation checkpointing can keep its result (`checkpoint_contexts`)."""
     parsed = _parse(config)
     geometry, scorer = parsed.geometry, parsed.build_scorer()
-    scores = scorer(
-        partition(key, value, query if scorer.reads_query else None, geometry, partitions, layer_idx, scale)
-    )
+    parts = partition(key, value, query if scorer.reads_query else None, geometry, partitions, layer_idx, scale)
+    with torch.autocast(key.device.type, enabled=False):  # scores are float32 whatever the model computes in
+        scores = scorer(parts)
     # A stable sort puts the earlier position first where scores are equal, as the rule asks; topk promises no order.
     ranked = scores.sort(dim=-1, descending=True, stable=True).indices[..., : geometry.kept]
     kept = ranked.sort(dim=-1).values

@@ -12,9 +12,10 @@ from lrsa.attention.scorers.base import Partitions, Scorer
 
 @dataclass(frozen=True)
 class Recency(Scorer):
-    """The position itself."""
+    """The position, counted within the partition: exact in float32 at any length."""
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2309.17453"
 
     def __call__(self, partitions: Partitions) -> Tensor:
-        return partitions.positions.float().expand(*partitions.key.shape[:2], -1, -1)
+        newer = partitions.positions - partitions.positions[:, :1]
+        return newer.float().expand(*partitions.key.shape[:2], -1, -1)
