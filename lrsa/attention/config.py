@@ -88,7 +88,8 @@ class SparseAttentionConfig:
         if self.top_k is not None:
             kept = self.top_k
         else:
-            kept = int((DEFAULT_KEEP_RATIO if self.keep_ratio is None else self.keep_ratio) * self.lag_size)
+            ratio = DEFAULT_KEEP_RATIO if self.keep_ratio is None else self.keep_ratio
+            kept = int(ratio * self.lag_size + 1e-9)  # 1/49 of 49 is 1, not what floating point makes of it
         return Geometry(sink=self.sink_size, lag=self.lag_size, kept=kept, chunk=self.chunk_size or self.lag_size)
 
     def build_scorer(self) -> Scorer:
