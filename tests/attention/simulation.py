@@ -45,7 +45,7 @@ def simulate(query, key, value, rule: Rule, scores, scale: float | None = None) 
     for head in range(kv_heads):
         cache = _Head(rule, lambda members, lag, head=head: scores(head, members, lag))
         attended: list[list[int]] = []
-        # What is held "now" may lag behind what is due, by at most a chunk; a second cache compresses after every token.
+        # What queries see lags behind what is due, by at most a chunk; a second cache compresses after every token.
         eager = _Head(rule, lambda members, lag, head=head: scores(head, members, lag))
         held = [[]]
         for i in range(tokens):

@@ -1,5 +1,7 @@
 """The geometry against counting on fingers."""
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -77,7 +79,7 @@ def test_spans_cover_every_query_once_and_share_its_past(geometry, tokens, longe
 @given(geometries, st.integers(1, 120))
 def test_spans_are_cut_only_where_the_past_changes(geometry, tokens):
     spans = list(geometry.spans(tokens, tokens))
-    assert all(a.partitions < b.partitions for a, b in zip(spans, spans[1:], strict=False))
+    assert all(a.partitions < b.partitions for a, b in itertools.pairwise(spans))
 
 
 @given(geometries, lengths)

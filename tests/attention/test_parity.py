@@ -65,9 +65,10 @@ def both(case: Case, config: SparseAttentionConfig, inputs) -> tuple[list[Tensor
     return fast, plain, exact
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("scorer", sorted(SCORERS))
-def test_gather_equals_reference_forward_and_gradients(scorer, case):
+def test_gather_equals_reference_forward_and_gradients(scorer, name):
+    case = CASES[name]
     inputs = random_inputs(*case.shape)
     config = case.config(scorer)
     assert_no_worse(*both(case, config, inputs))
@@ -76,13 +77,9 @@ def test_gather_equals_reference_forward_and_gradients(scorer, case):
         config,
         document_ids=case.document_ids,
     )
-    if case.rule[2] < case.rule[1] and "shorter" not in _name(case):
+    if case.rule[2] < case.rule[1] and "shorter" not in name:
         causal = visibility_mask(torch.ones_like(visible[..., 0]), config, document_ids=case.document_ids)
         assert visible.sum() < causal.sum(), "the case compresses nothing"
-
-
-def _name(case: Case) -> str:
-    return next(name for name, other in CASES.items() if other == case)
 
 
 def _naive(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
@@ -93,9 +90,9 @@ def _naive(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("scorer", sorted(SCORERS))
-@pytest.mark.parametrize("case", [CASES[n] for n in ("T129-9-over-3-heads-nothing-kept-C-below-L", "T777-published-geometry")],
-                         ids=lambda c: _name(c))  # fmt: skip
-def test_bfloat16_is_as_good_as_naive_bfloat16(scorer, case):
+@pytest.mark.parametrize("name", ["T129-9-over-3-heads-nothing-kept-C-below-L", "T777-published-geometry"])
+def test_bfloat16_is_as_good_as_naive_bfloat16(scorer, name):
+    case = CASES[name]
     inputs = random_inputs(*case.shape, dtype=torch.bfloat16)
     config = case.config(scorer)
     fast, plain, exact = both(case, config, inputs)

@@ -1,0 +1,181 @@
+"""The config: what it refuses, in words that name the values and the way out, and what it stores."""
+
+import dataclasses
+import json
+import pickle
+
+import pytest
+import torch
+
+from lrsa.attention import SparseAttentionConfig, from_conf, slots, sparse_attention
+from lrsa.config import AttentionConf
+from tests.attention.tensors import random_inputs
+
+
+@pytest.mark.parametrize(
+    ("values", "parts"),
+    [
+        ({"scorer": "snapkv2"}, ["'snapkv2'", "lag_relative, random, recency, tova"]),
+        ({"scorer_args": {"seed": 1}}, ["'lag_relative'", "['seed']", "value_weight"]),
+        ({"scorer": "tova", "scorer_args": {"seed": 1}}, ["'tova'", "['seed']", "none"]),
+        ({"keep_ratio": 0.0}, ["keep_ratio=0.0", "(0, 1]", "top_k=0"]),
+        ({"keep_ratio": -0.25}, ["keep_ratio=-0.25", "(0, 1]"]),
+        ({"keep_ratio": 1.01}, ["keep_ratio=1.01", "(0, 1]"]),
+        ({"keep_ratio": 4}, ["keep_ratio=4", "1/4 for 4x"]),
+        ({"keep_ratio": float("nan")}, ["keep_ratio=nan", "(0, 1]"]),
+        ({"keep_ratio": 0.5, "top_k": 64}, ["keep_ratio=0.5", "top_k=64", "one of them"]),
+        ({"top_k": 129}, ["top_k=129", "lag_size=128", "lower top_k to at most 128 or raise lag_size"]),
+        ({"top_k": -1}, ["top_k=-1", "at least 0"]),
+        ({"top_k": 1.5}, ["top_k=1.5", "integer"]),
+        ({"lag_size": 0}, ["lag_size=0", "at least 1"]),
+        ({"lag_size": True}, ["lag_size=True", "integer"]),
+        ({"sink_size": -1}, ["sink_size=-1", "at least 0"]),
+        ({"sink_size": "16"}, ["sink_size='16'", "integer"]),
+        ({"chunk_size": 0}, ["chunk_size=0", "at least 1"]),
+        ({"chunk_size": 2.0}, ["chunk_size=2.0", "integer"]),
+        ({"budget": "pyramid"}, ["budget='pyramid'", "uniform"]),
+        ({"schedule": "sliding"}, ["schedule='sliding'", "chunked"]),
+    ],
+    ids=lambda x: "-".join(f"{k}={v}" for k, v in x.items()) if isinstance(x, dict) else "",
+)  # fmt: skip
+def test_a_bad_value_is_named_with_the_way_out(values, parts):
+    with pytest.raises(ValueError) as error:
+        SparseAttentionConfig(**values)
+    assert all(part in str(error.value) for part in parts), str(error.value)
+
+
+def test_the_defaults_are_the_published_ones():
+    config = SparseAttentionConfig()
+    assert dataclasses.astuple(config.geometry) == (16, 128, 32, 128)
+    assert config.scorer == "lag_relative"
+    assert config.build_scorer().value_weight == 1.0
+
+
+@pytest.mark.parametrize(
+    ("ratio", "lag", "kept"), [(0.25, 128, 32), (1.0, 128, 128), (0.125, 100, 12), (0.999, 128, 127), (1e-9, 128, 0)]
+)
+def test_keep_ratio_rounds_down(ratio, lag, kept):
+    assert SparseAttentionConfig(keep_ratio=ratio, lag_size=lag).geometry.kept == kept
+
+
+def test_frozen_hashable_and_comparable():
+    config = SparseAttentionConfig(scorer_args={"value_weight": 0.5}, dense_layers=[0, -1])
+    assert config == SparseAttentionConfig(scorer_args={"value_weight": 0.5}, dense_layers=(0, -1))
+    assert len({config, SparseAttentionConfig(scorer_args={"value_weight": 0.5}, dense_layers=(0, -1))}) == 1
+    assert config != SparseAttentionConfig()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.lag_size = 64
+    assert pickle.loads(pickle.dumps(config)) == config
+
+
+def test_a_caller_s_dict_is_copied():
+    args = {"value_weight": 0.5}
+    config = SparseAttentionConfig(scorer_args=args)
+    args["value_weight"] = 2.0
+    assert config.build_scorer().value_weight == 0.5
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        SparseAttentionConfig(),
+        SparseAttentionConfig(
+            scorer="random", scorer_args={"seed": 3}, sink_size=0, lag_size=8, top_k=0, chunk_size=3, dense_layers=(0,)
+        ),
+        SparseAttentionConfig(keep_ratio=0.5, dense_layers=(-1, 2)),
+    ],
+    ids=["defaults", "all-fields", "ratio"],
+)
+def test_json_round_trip(config):
+    assert SparseAttentionConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert SparseAttentionConfig.from_dict(json.loads(config.to_json())) == config
+
+
+def test_a_field_of_another_version_is_refused():
+    with pytest.raises(
+        ValueError, match=r"unknown sparse attention fields \['head_budget'\]: the valid ones are scorer"
+    ):
+        SparseAttentionConfig.from_dict({**SparseAttentionConfig().to_dict(), "head_budget": 3})
+
+
+def test_with_compression():
+    config = SparseAttentionConfig(top_k=5, sink_size=3)
+    assert config.with_compression(4) == SparseAttentionConfig(keep_ratio=0.25, sink_size=3)
+    assert config.with_compression(1) is None
+    assert [config.with_compression(f).geometry.kept for f in (2, 4, 8, 16, 128)] == [64, 32, 16, 8, 1]
+    with pytest.raises(ValueError, match=r"compression 0.25 is below 1: 4 means that a quarter is kept"):
+        config.with_compression(0.25)
+
+
+def test_with_compression_keeps_one_in_the_factor_for_every_lag():
+    """1/49 * 49 is 0.999... in floating point, which must not become 0 kept tokens."""
+    for factor in range(2, 300):
+        for multiple in (1, 2, 3):
+            config = SparseAttentionConfig(lag_size=factor * multiple).with_compression(factor)
+            assert config.geometry.kept == multiple, (factor, multiple)
+
+
+def test_dense_layers_from_either_end():
+    config = SparseAttentionConfig(dense_layers=(0, -1))
+    layers = [config.for_layer(i, 4) for i in range(4)]
+    assert [c is None for c in layers] == [True, False, False, True]
+    with pytest.raises(ValueError, match=r"dense_layers=\(4,\): layer 4 is not among 4 layers"):
+        SparseAttentionConfig(dense_layers=(4,)).for_layer(0, 4)
+    with pytest.raises(ValueError, match=r"layer -5 is not among 4 layers"):
+        SparseAttentionConfig(dense_layers=(-5,)).resolved(4)
+    with pytest.raises(ValueError, match=r"dense_layers=\(0, -1\) counts from the last layer: num_layers is needed"):
+        sparse_attention(*random_inputs(1, 2, 1, 60, 16), config)
+
+
+def test_from_the_config_group():
+    assert from_conf(AttentionConf(scorer="dense")) is None
+    assert from_conf(AttentionConf()) == SparseAttentionConfig()
+    conf = AttentionConf(scorer="random", scorer_args={"seed": 2}, lag_size=64, top_k=7, dense_layers=[0, -1])
+    assert from_conf(conf) == SparseAttentionConfig(
+        scorer="random", scorer_args={"seed": 2}, lag_size=64, top_k=7, dense_layers=(0, -1)
+    )
+    assert slots(from_conf(conf), 1000) == 16 + 14 * 7 + (1000 - 16 - 14 * 64)
+
+
+# ------------------------------------------------------------------ what sparse_attention itself refuses
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        (((1, 2, 60), (1, 1, 60, 8), (1, 1, 60, 8)), r"must be \[B, heads, T, D\]"),
+        (((1, 2, 60, 8), (1, 1, 60, 8), (1, 1, 60, 4)), r"value \(1, 1, 60, 4\) must have key's shape \(1, 1, 60, 8\)"),
+        (((1, 2, 1, 8), (1, 1, 60, 8), (1, 1, 60, 8)), r"query \(1, 2, 1, 8\) and key \(1, 1, 60, 8\).*over a cache"),
+        (((2, 2, 60, 8), (1, 1, 60, 8), (1, 1, 60, 8)), r"must agree in all but heads"),
+        (((1, 5, 60, 8), (1, 2, 60, 8), (1, 2, 60, 8)), r"5 query heads are not a multiple of 2 key/value heads"),
+    ],
+    ids=["rank", "value", "cache", "batch", "heads"],
+)  # fmt: skip
+@pytest.mark.parametrize("backend", ["reference", "gather"])
+def test_shapes_that_do_not_fit(shapes, message, backend):
+    with pytest.raises(ValueError, match=message):
+        sparse_attention(*(torch.zeros(s) for s in shapes), SparseAttentionConfig(lag_size=8), backend=backend)
+
+
+def test_dtypes_that_do_not_fit():
+    query, key, value = random_inputs(1, 2, 1, 60, 8)
+    with pytest.raises(ValueError, match=r"one dtype, not torch.float32, torch.float32 and torch.float64"):
+        sparse_attention(query, key, value.double(), SparseAttentionConfig(lag_size=8))
+
+
+def test_kept_that_does_not_fit():
+    query, key, value = random_inputs(1, 2, 1, 60, 8)
+    for kept in (key[..., 0], key[:, :, :50, 0].bool(), key.bool()):
+        with pytest.raises(ValueError, match=r"kept must be bool \(1, 1, 60\), not torch\.\w+ \("):
+            sparse_attention(query, key, value, SparseAttentionConfig(lag_size=8), kept=kept)
+
+
+def test_an_unknown_backend_lists_the_valid_ones():
+    with pytest.raises(ValueError, match=r"backend='cudnn' is unknown: choose one of auto, reference, gather, flex"):
+        sparse_attention(*random_inputs(1, 2, 1, 60, 8), SparseAttentionConfig(lag_size=8), backend="cudnn")
+
+
+@pytest.mark.parametrize("config", [SparseAttentionConfig(lag_size=8), SparseAttentionConfig(dense_layers=(0,))])
+def test_flex_on_the_cpu_says_why(config):
+    with pytest.raises(ValueError, match=r"backend='flex' cannot run here: .*CUDA.*cpu; use 'gather' or 'auto'"):
+        sparse_attention(*random_inputs(1, 2, 1, 60, 16), config, backend="flex")
