@@ -16,7 +16,7 @@ from omegaconf import MISSING
 
 @dataclass
 class AttentionConf:
-    """`attention` group: the fields of `lrsa.attention.SparseAttentionConfig`, or `scorer: dense` for full attention."""
+    """`attention` group: fields of `lrsa.attention.SparseAttentionConfig`, or `scorer: dense` for full attention."""
 
     scorer: str = "lag_relative"
     scorer_args: dict[str, Any] = field(default_factory=dict)
@@ -87,6 +87,7 @@ class RecipeConf:
     """`recipe` group: optimisation, and the compressions a step is drawn from."""
 
     name: str = "lrsa"
+    train: bool = True  # false: score the model as it is, a table's row of what was not post-trained
     steps: int = 300
     batch_size: int = 8  # samples an optimiser step
     micro_batch_size: int | None = None  # samples a forward pass; None: batch_size (no accumulation)
@@ -229,7 +230,8 @@ def config_dir() -> Path:
     for folder in (package / "conf", package.parent / "conf"):
         if (folder / "train.yaml").is_file():
             return folder
-    raise FileNotFoundError(f"lrsa's configs are neither in {package / 'conf'} nor in {package.parent / 'conf'}: reinstall lrsa")
+    places = f"{package / 'conf'} nor {package.parent / 'conf'}"
+    raise FileNotFoundError(f"lrsa's configs are neither in {places}: reinstall lrsa")
 
 
 def register_configs() -> None:

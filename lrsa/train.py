@@ -14,6 +14,7 @@ from lightning import seed_everything
 from lightning.pytorch.loggers import WandbLogger
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lrsa.attention import from_conf
 from lrsa.config import TrainConf, config_dir, register_configs
@@ -95,28 +96,14 @@ def run_training(conf: TrainConf, overrides: Sequence[str] = ()) -> float | None
 def _train_and_evaluate(
     conf: TrainConf, config: Mapping[str, Any], record: Record, logger: WandbLogger | None
 ) -> float | None:
-    folder = Path(conf.run.output_dir)
     seed_everything(conf.run.seed, verbose=False)
-    attention = from_conf(conf.attention)
     tokenizer = build_tokenizer(conf.model)
-    data = LRSADataModule(conf.data, tokenizer, conf.recipe, conf.run.seed)
-    data.setup()
     tasks = load_tasks(tokenizer, conf.evaluation, conf.data.length)
-    record.update(data=[*data.describe(), *(fact for task in tasks for fact in task.facts())])
-    model = build_model(conf.model, attention)
-    check_context_window(model.config, conf.data.length)
-    adapter = None if conf.model.lora is None else add_lora(model, conf.model.lora)
-
-    module = PostTraining(model, attention, conf.recipe, conf.run.seed, identity=_identity(conf, config))
-    resume = None if conf.resume is None else find_checkpoint(conf.resume)
-    trained = fit(module, data, conf.trainer, folder, logger=logger, resume=resume)
-    record.update(training={**_training_facts(trained), "parameters": parameter_counts(model)})
-    if adapter is not None and not conf.trainer.save_model:
-        model = merge_lora(adapter)
-    if conf.trainer.save_model:
-        model = save_model(model, tokenizer, folder / "model", attention, adapter)
-        log.info("model: %s", folder / "model")
-
+    record.update(data=[fact for task in tasks for fact in task.facts()])
+    if conf.recipe.train:
+        model = _train(conf, config, tokenizer, record, logger)
+    else:
+        model = build_model(conf.model, None)
     model.to(resolve_device(conf.trainer))
     cells, outcomes = evaluate(
         model,
@@ -133,6 +120,36 @@ def _train_and_evaluate(
         Console().print(results_table(record))
     log.info("record: %s", record.path)
     return headline(cells)
+
+
+def _train(
+    conf: TrainConf,
+    config: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    record: Record,
+    logger: WandbLogger | None,
+) -> PreTrainedModel:
+    """The trained model, adapters merged, saved in `<run folder>/model`."""
+    folder = Path(conf.run.output_dir)
+    attention = from_conf(conf.attention)
+    data = LRSADataModule(conf.data, tokenizer, conf.recipe, conf.run.seed)
+    data.setup()
+    record.update(data=data.describe())
+    model = build_model(conf.model, attention)
+    check_context_window(model.config, conf.data.length)
+    adapter = None if conf.model.lora is None else add_lora(model, conf.model.lora)
+    parameters = parameter_counts(model)
+
+    module = PostTraining(model, attention, conf.recipe, conf.run.seed, identity=_identity(conf, config))
+    resume = None if conf.resume is None else find_checkpoint(conf.resume)
+    trained = fit(module, data, conf.trainer, folder, logger=logger, resume=resume)
+    record.update(training={**_training_facts(trained), "parameters": parameters})
+    if conf.trainer.save_model:
+        model = save_model(model, tokenizer, folder / "model", attention, adapter)
+        log.info("model: %s", folder / "model")
+    elif adapter is not None:
+        model = merge_lora(adapter)
+    return model
 
 
 def headline(cells: Sequence[Mapping[str, Any]]) -> float | None:

@@ -53,7 +53,9 @@ def check_train(conf: TrainConf) -> None:
         *_logger(conf.logger),
         *_evaluation(conf.evaluation, conf.data.length),
     ]
-    if conf.resume is not None:
+    if conf.resume is not None and not conf.recipe.train:
+        problems.append(f"resume={conf.resume} continues training, but recipe.train=false: choose another recipe")
+    elif conf.resume is not None:
         problems += _raised("", lambda: find_checkpoint(conf.resume or ""))
     _report(problems)
     _warn_if_dense("attention", conf.attention, "data.length", conf.data.length, conf.recipe.compressions or [4])

@@ -138,6 +138,15 @@ def test_multirun_with_own_configs_and_wandb(command: Command, tmp_path: Path) -
         assert list(offline.glob("files/media/images/figure*.png"))
 
 
+def test_a_model_that_is_not_post_trained_is_scored_by_the_same_command(command: Command) -> None:
+    command(lrsa.train.main, "logger=none", "recipe=none")
+    run = only(Path.cwd(), "outputs/scratch/none/*")
+    record = Record.load(run)
+    assert (record.status, record.arm, record.training) == ("finished", "none", None)
+    assert [cell["compression"] for cell in record.cells] == [None, 1, 4]
+    assert not (run / "model").exists() and record.data[0]["name"] == "recall"
+
+
 def test_a_failed_run_says_so_and_the_sweep_goes_on(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     evaluate = lrsa.train.evaluate
 

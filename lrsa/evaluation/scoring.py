@@ -57,7 +57,8 @@ def score(
     """
     outcomes: dict[int, list[Outcome]] = {}
     device = model.device
-    with _evaluating(model, attention), torch.inference_mode(), autocast(device, precision):
+    # Not inference_mode: tensors that attention caches here (positions, masks) may meet a training step later.
+    with _evaluating(model, attention), torch.no_grad(), autocast(device, precision):
         for indices in _batches_of_similar_length(samples, batch_size):
             rows = [samples[index] for index in indices]
             batch = collate(rows, pad_id)

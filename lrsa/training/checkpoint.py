@@ -56,6 +56,7 @@ class LastCheckpoint(Checkpoint):
         trainer.save_checkpoint(partial, weights_only=False)
         with partial.open("rb") as file:
             os.fsync(file.fileno())
+        make_readable(partial)
         os.replace(partial, self.path)
 
 
@@ -72,6 +73,12 @@ def find_checkpoint(resume: str | Path) -> Path:
             f"resume={resume}: no checkpoint at {candidate}. Give a run folder that holds {LAST}, or a .ckpt file"
         )
     return candidate.resolve()
+
+
+def make_readable(path: Path) -> None:
+    """Give colleagues on a shared disk the right to read: temporary files are their owner's alone."""
+    if path.is_file():
+        path.chmod(path.stat().st_mode | 0o044)
 
 
 @contextlib.contextmanager
@@ -115,6 +122,8 @@ def save_model(
     with _no_progress_bar():
         model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
+    for file in partial.rglob("*"):
+        make_readable(file)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
     return model

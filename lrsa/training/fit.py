@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.loggers import Logger
+from rich.console import Console
 
 from lrsa.config import TrainerConf
 from lrsa.training.callbacks import StepMeter, TrainingProgress
@@ -58,11 +59,13 @@ def fit(
     logger: Logger | None = None,
     resume: str | Path | None = None,
     callbacks: list[Callback] | None = None,
+    console: Console | None = None,
 ) -> TrainingResult:
     """Train `module` for `module.recipe.steps` optimiser steps.
 
     Args:
         folder: the run's; gets `checkpoints/last.ckpt`.
+        console: of the progress bar; standard error by default.
         resume: checkpoint to continue from, at the very next micro-batch and with the same draws.
 
     Raises:
@@ -71,7 +74,7 @@ def fit(
     recipe = module.recipe
     meter = StepMeter(conf.log_every)
     checkpoint = LastCheckpoint(Path(folder), conf.checkpoint_every)
-    progress = [TrainingProgress(meter, conf.log_every)] if conf.progress else []
+    progress = [TrainingProgress(meter, conf.log_every, console)] if conf.progress else []
     _quiet_lightning()
     trainer = Trainer(
         accelerator=conf.accelerator,

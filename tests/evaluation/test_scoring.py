@@ -39,7 +39,7 @@ SAMPLES = [
 def grow_prompts(
     model: PreTrainedModel, sample: Sample, attention: SparseAttentionConfig | None
 ) -> list[tuple[list[int], float]]:
-    """By hand, a position at a time: (arg-max tokens, NLL a token) of each answer, the prompt grown by the reference."""
+    """By hand, a position at a time: (arg-max tokens, NLL a token) of each answer, the reference fed back."""
     set_attention(model, attention)
     answers = []
     for start, stop in sample.answer_spans:
