@@ -187,7 +187,15 @@ def target_logits(
 
     Returns:
         float32 logits ``[N, V]`` and int64 targets ``[N]``, N targets in row-major order.
+
+    Raises:
+        ValueError: a target at a row's first token, which nothing predicts.
     """
+    if answer_mask[:, 0].any():
+        rows = answer_mask[:, 0].nonzero()[:, 0].tolist()
+        raise ValueError(
+            f"answer_mask: row {', '.join(map(str, rows))} has its first token as a target: nothing is before it"
+        )
     answer_mask = answer_mask[:, 1:]
     columns = answer_mask.any(0).nonzero()[:, 0]  # positions of which some row needs the prediction
     outputs = model(
