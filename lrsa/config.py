@@ -112,7 +112,7 @@ class TrainerConf:
     checkpoint_every: int = 100  # optimiser steps
     save_model: bool = True  # write <run>/model as safetensors at the end
     progress: bool = True
-    compile: bool = False
+    compile: bool = False  # torch.compile of the model; every compression drawn compiles anew
 
 
 @dataclass

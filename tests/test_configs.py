@@ -127,7 +127,7 @@ def test_unknown_fields_and_wrong_types_are_refused(override: str) -> None:
 def sweep_arms(experiment: str) -> list[str]:
     config = compose("train", [f"experiment={experiment}"], return_hydra_config=True)
     params: DictConfig = config.hydra.sweeper.params or OmegaConf.create({})
-    return [f"{key}={value}" for key, values in params.items() for value in str(values).split(",")] or ["seed=0"]
+    return [f"{key}={value}" for key, values in params.items() for value in str(values).split(",")] or ["run.seed=0"]
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +198,7 @@ def test_every_experiment_runs_on_a_tiny_model(
         conf.run.output_dir = str(tmp_path / str(number))
         run_training(conf, overrides=[arm])
         record = Record.load(tmp_path / str(number))
-        assert record.status == "finished" and record.arm == conf.recipe.name
+        assert record.status == "finished" and record.arm == conf.run.arm
         assert record.training is not None and record.training["steps"] == 2
         assert len(record.training["loss_curve"]["loss"]) == 2
         assert {cell["task"] for cell in record.cells} == set(tasks)
