@@ -32,6 +32,14 @@ GEOMETRIES = {
 }  # fmt: skip
 
 
+@pytest.fixture
+def uncompiled(monkeypatch):
+    flex._compiled.cache_clear()
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    yield
+    flex._compiled.cache_clear()
+
+
 def layout_of(geometry: Geometry, tokens: int) -> tuple[flex._Layout, int, int]:
     """The layout as `flex.attend` asks for it: (layout, used buffer entries, padded length)."""
     used = geometry.sink + geometry.selected_partitions(tokens) * geometry.kept
@@ -171,9 +179,8 @@ def test_rows_and_their_gradient(kept, tokens):
     ids=["C-below-L", "aligned", "nothing-kept", "nothing-kept-no-sinks-C-above-L"],
 )  # fmt: skip
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_the_form_equals_the_mask_form_eagerly(shape, geometry, monkeypatch):
+def test_the_form_equals_the_mask_form_eagerly(shape, geometry, uncompiled):
     """FlexAttention's eager form runs on the CPU: same rows, same mask_mod, no kernel."""
-    monkeypatch.setattr(flex, "_compiled", lambda: flex.flex_attention)
     config = SparseAttentionConfig(
         sink_size=geometry.sink, lag_size=geometry.lag, top_k=geometry.kept, chunk_size=geometry.chunk
     )
