@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -138,6 +139,11 @@ class SparseAttentionConfig:
         return cls(**values)
 
     def to_json(self) -> str:
+        """`to_dict` as text, the same for equal configs; made once, for every layer of every step asks."""
+        return self._json
+
+    @functools.cached_property
+    def _json(self) -> str:
         return json.dumps(self.to_dict(), sort_keys=True)
 
 

@@ -10,11 +10,13 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 PAD = -1
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -36,9 +38,8 @@ def find_documents(document_ids: Tensor) -> list[Document]:
         raise ValueError(
             f"document_ids must be integers [B, T] (-1 for a pad), not {document_ids.dtype} {tuple(document_ids.shape)}"
         )
-    cached = _LAST.get(document_ids)
-    if cached is not None:
-        return cached
+    for known in _LAST.get(document_ids):
+        return known
     ids = document_ids.cpu()
     found: list[Document] = []
     for row in range(ids.shape[0]):
@@ -53,33 +54,37 @@ def find_documents(document_ids: Tensor) -> list[Document]:
                 seen.add(value)
                 found.append(Document(row, start, length))
             start += length
-    _LAST.put(document_ids, found)
-    return found
+    return _LAST.put(found, document_ids)
 
 
-class _LastResult:
-    """The answer for the tensor asked about last: every layer of a forward pass asks about the same one, and each
-    answer takes a device synchronisation."""
+class LastResult(Generic[T]):
+    """The answer for the tensors asked about last: every layer of a forward pass asks about the same ones, and each
+    answer takes a device synchronisation. Tensors are told apart by identity and count of writes."""
 
     def __init__(self) -> None:
-        self._key: tuple[weakref.ref[Tensor], int] | None = None
-        self._value: list[Document] = []
+        self._key: tuple[Any, ...] | None = None
+        self._tensors: list[weakref.ref[Tensor]] = []
+        self._value: list[T] = []
 
-    def get(self, tensor: Tensor) -> list[Document] | None:
-        if self._key is None or self._key[0]() is not tensor or self._key[1] != _version(tensor):
-            return None
-        return self._value
+    def get(self, *tensors: Tensor | None) -> list[T]:
+        """The value stored for these tensors in a list, or an empty list."""
+        alive = all(reference() is not None for reference in self._tensors)
+        return self._value if alive and self._key is not None and self._key == _identity(tensors) else []
 
-    def put(self, tensor: Tensor, value: list[Document]) -> None:
-        version = _version(tensor)
-        self._key, self._value = (None, value) if version is None else ((weakref.ref(tensor), version), value)
-
-
-def _version(tensor: Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version  # inference tensors keep no count of writes
+    def put(self, value: T, *tensors: Tensor | None) -> T:
+        self._key, self._value = _identity(tensors), [value]
+        self._tensors = [weakref.ref(x) for x in tensors if x is not None]
+        return value
 
 
-_LAST = _LastResult()
+def _identity(tensors: tuple[Tensor | None, ...]) -> tuple[Any, ...] | None:
+    """None where writes are not counted, as for inference tensors: then nothing is remembered."""
+    if any(x is not None and x.is_inference() for x in tensors):
+        return None
+    return tuple(None if x is None else (id(x), x._version) for x in tensors)
+
+
+_LAST: LastResult[list[Document]] = LastResult()
 
 
 def grouped(documents: list[Document]) -> Iterator[list[Document]]:

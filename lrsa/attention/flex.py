@@ -34,13 +34,29 @@ def attend(query: Tensor, key: Tensor, value: Tensor, index: Tensor, geometry: G
     padded = -(-tokens // BLOCK) * BLOCK
     layout = _layout(geometry, padded, geometry.sink + index.shape[-1], query.device)
 
-    def rows(x: Tensor) -> Tensor:
-        return _Rows.apply(x, index, geometry.sink, layout.raw_offset, layout.raw_offset + padded)
+    return _compiled()(
+        query, key, value, index, layout.mask, geometry.sink, layout.raw_offset, layout.raw_offset + padded, scale
+    )
 
-    query = torch.nn.functional.pad(query, (0, 0, 0, padded - tokens))
-    # One compiled kernel a shape: a study has a handful of ratios, more than the default limit of recompilations.
-    with torch._dynamo.config.patch(recompile_limit=256):
-        out = _compiled()(query, rows(key), rows(value), block_mask=layout.mask, scale=scale, enable_gqa=True)
+
+def _fused(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    index: Tensor,
+    mask: BlockMask,
+    sink: int,
+    raw_offset: int,
+    length: int,
+    scale: float,
+) -> Tensor:
+    """Rows of keys and values, and attention over them: compiled as one graph, for in a model of many small layers the
+    time to launch a dozen operators is the time that counts."""
+    tokens = query.shape[2]
+    query = torch.nn.functional.pad(query, (0, 0, 0, length - raw_offset - tokens))
+    rows = [_Rows.apply(x, index, sink, raw_offset, length) for x in (key, value)]
+    grouped = query.shape[1] != key.shape[1]
+    out = flex_attention(query, rows[0], rows[1], block_mask=mask, scale=scale, enable_gqa=grouped)
     return out[:, :, :tokens]
 
 
@@ -54,25 +70,20 @@ class _Rows(torch.autograd.Function):
     def forward(ctx, x, index, sink, raw_offset, length):
         batch, heads, tokens, dim = x.shape
         used = sink + index.shape[-1]
-        rows = x.new_empty((batch, heads, length, dim))
-        rows[:, :, :sink] = x[:, :, :sink]
-        torch.gather(x, 2, _expand(index, dim), out=rows[:, :, sink:used])
-        rows[:, :, used:raw_offset] = 0
-        rows[:, :, raw_offset : raw_offset + tokens] = x
-        rows[:, :, raw_offset + tokens :] = 0
+        gap = x.new_zeros((batch, heads, raw_offset - used, dim))
+        tail = x.new_zeros((batch, heads, length - raw_offset - tokens, dim))
         ctx.save_for_backward(index)
         ctx.sizes = sink, used, raw_offset, tokens
-        return rows
+        return torch.cat([x[:, :, :sink], x.gather(2, _expand(index, dim)), gap, x, tail], 2)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         (index,) = ctx.saved_tensors
         sink, used, raw_offset, tokens = ctx.sizes
         positions = _expand(index, grad.shape[-1])
         total = grad[:, :, raw_offset : raw_offset + tokens].clone()
         total[:, :, :sink] += grad[:, :, :sink]
-        total.scatter_(2, positions, total.gather(2, positions) + grad[:, :, sink:used])
+        total = total.scatter(2, positions, total.gather(2, positions) + grad[:, :, sink:used])
         return total, None, None, None, None
 
 
@@ -82,7 +93,10 @@ def _expand(index: Tensor, dim: int) -> Tensor:
 
 @functools.cache
 def _compiled():
-    return torch.compile(flex_attention, dynamic=False)
+    # Compiled once a shape, and a study has a handful of them: more than PyTorch's limit, past which it goes on
+    # uncompiled, with a T x T matrix.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
+    return torch.compile(_fused, dynamic=False)
 
 
 class _Layout:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lrsa.attention.config import SparseAttentionConfig
 from lrsa.attention.layout import Geometry
-from lrsa.attention.scorers import Partitions
+from lrsa.attention.scorers import Partitions, Scorer
 
 
 def select(
@@ -39,19 +39,47 @@ def select(
         raise ValueError(f"scorer {config.scorer!r} reads queries: pass query=[B, Hq, T, D]")
     scale = key.shape[-1] ** -0.5 if scale is None else scale
     query = None if query is None else query.detach()
-    return _select(key.detach(), value.detach(), query, config.to_json(), partitions, layer_idx, scale)
+    return torch.ops.lrsa.select(key.detach(), value.detach(), query, config.to_json(), partitions, layer_idx, scale)
 
 
-@torch.library.custom_op("lrsa::select", mutates_args=())
 def _select(
     key: Tensor, value: Tensor, query: Tensor | None, config: str, partitions: int, layer_idx: int, scale: float
 ) -> Tensor:
-    """One operator, so that activation checkpointing can keep its result (`checkpoint_contexts`)."""
     parsed = _parse(config)
-    geometry, scorer = parsed.geometry, parsed.build_scorer()
-    parts = partition(key, value, query if scorer.reads_query else None, geometry, partitions, layer_idx, scale)
+    scorer = parsed.build_scorer()
+    query = query if scorer.reads_query else None
+    rank = _compiled() if key.is_cuda else _rank
     with torch.autocast(key.device.type, enabled=False):  # scores are float32 whatever the model computes in
-        scores = scorer(parts)
+        return rank(scorer, key, value, query, parsed.geometry, partitions, layer_idx, scale)
+
+
+def _select_shape(
+    key: Tensor, value: Tensor, query: Tensor | None, config: str, partitions: int, layer_idx: int, scale: float
+) -> Tensor:
+    kept = _parse(config).geometry.kept
+    return key.new_empty((*key.shape[:2], partitions * kept), dtype=torch.int64)
+
+
+# One operator, so that activation checkpointing can keep its result (`checkpoint_contexts`) and compilers leave it be.
+_LIBRARY = torch.library.Library("lrsa", "DEF")
+_LIBRARY.define(
+    "select(Tensor key, Tensor value, Tensor? query, str config, int partitions, int layer_idx, float scale) -> Tensor"
+)
+_LIBRARY.impl("select", _select, "CompositeExplicitAutograd")
+torch.library.register_fake("lrsa::select", _select_shape, lib=_LIBRARY)
+
+
+def _rank(
+    scorer: Scorer,
+    key: Tensor,
+    value: Tensor,
+    query: Tensor | None,
+    geometry: Geometry,
+    partitions: int,
+    layer_idx: int,
+    scale: float,
+) -> Tensor:
+    scores = scorer(partition(key, value, query, geometry, partitions, layer_idx, scale))
     # A stable sort puts the earlier position first where scores are equal, as the rule asks; topk promises no order.
     ranked = scores.sort(dim=-1, descending=True, stable=True).indices[..., : geometry.kept]
     kept = ranked.sort(dim=-1).values
@@ -59,12 +87,10 @@ def _select(
     return (kept + starts[:, None]).flatten(-2)
 
 
-@_select.register_fake
-def _(
-    key: Tensor, value: Tensor, query: Tensor | None, config: str, partitions: int, layer_idx: int, scale: float
-) -> Tensor:
-    kept = _parse(config).geometry.kept
-    return key.new_empty((*key.shape[:2], partitions * kept), dtype=torch.int64)
+@functools.cache
+def _compiled():
+    """On a GPU two dozen small operators cost more to launch than to run."""
+    return torch.compile(_rank)
 
 
 @functools.lru_cache(maxsize=256)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,10 +19,9 @@ class LagRelative(Scorer):
     paper: ClassVar[str] = "https://arxiv.org/abs/2504.04704"
 
     def __call__(self, partitions: Partitions) -> Tensor:
-        deviation = _fused() if partitions.key.is_cuda else lag_deviation
-        score = deviation(partitions.key, partitions.lag_key)
+        score = lag_deviation(partitions.key, partitions.lag_key)
         if self.value_weight:
-            score = score + self.value_weight * deviation(partitions.value, partitions.lag_value)
+            score = score + self.value_weight * lag_deviation(partitions.value, partitions.lag_value)
         return score
 
 
@@ -36,9 +34,3 @@ def lag_deviation(x: Tensor, lag: Tensor) -> Tensor:
     low, high = lag.amin(-2, keepdim=True), lag.amax(-2, keepdim=True)
     scaled = torch.where(high > low, (x - low) / (high - low), 0.0)
     return scaled.std(-1).softmax(-1)
-
-
-@functools.cache
-def _fused():
-    """One pass over the keys in place of ten; the same for every number of partitions."""
-    return torch.compile(lag_deviation, dynamic=None)
