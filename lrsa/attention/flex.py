@@ -34,9 +34,11 @@ def attend(query: Tensor, key: Tensor, value: Tensor, index: Tensor, geometry: G
     padded = -(-tokens // BLOCK) * BLOCK
     layout = _layout(geometry, padded, geometry.sink + index.shape[-1], query.device)
 
-    return _compiled()(
-        query, key, value, index, layout.mask, geometry.sink, layout.raw_offset, layout.raw_offset + padded, scale
-    )
+    # Padded outside of what is compiled, so that lengths of one number of blocks share a kernel.
+    query, key, value = (torch.nn.functional.pad(x, (0, 0, 0, padded - tokens)) for x in (query, key, value))
+    length = layout.raw_offset + padded
+    out = _compiled()(query, key, value, index, layout.mask, geometry.sink, layout.raw_offset, length, scale)
+    return out[:, :, :tokens]
 
 
 def _fused(
@@ -52,12 +54,9 @@ def _fused(
 ) -> Tensor:
     """Rows of keys and values, and attention over them: compiled as one graph, for in a model of many small layers the
     time to launch a dozen operators is the time that counts."""
-    tokens = query.shape[2]
-    query = torch.nn.functional.pad(query, (0, 0, 0, length - raw_offset - tokens))
     rows = [_Rows.apply(x, index, sink, raw_offset, length) for x in (key, value)]
     grouped = query.shape[1] != key.shape[1]
-    out = flex_attention(query, rows[0], rows[1], block_mask=mask, scale=scale, enable_gqa=grouped)
-    return out[:, :, :tokens]
+    return flex_attention(query, rows[0], rows[1], block_mask=mask, scale=scale, enable_gqa=grouped)
 
 
 class _Rows(torch.autograd.Function):
