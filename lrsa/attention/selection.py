@@ -46,11 +46,16 @@ def _select(
     key: Tensor, value: Tensor, query: Tensor | None, config: str, partitions: int, layer_idx: int, scale: float
 ) -> Tensor:
     parsed = _parse(config)
-    scorer = parsed.build_scorer()
+    geometry, scorer = parsed.geometry, parsed.build_scorer()
     query = query if scorer.reads_query else None
-    rank = _compiled() if key.is_cuda else _rank
+    score = _compiled() if key.is_cuda else _score
     with torch.autocast(key.device.type, enabled=False):  # scores are float32 whatever the model computes in
-        return rank(scorer, key, value, query, parsed.geometry, partitions, layer_idx, scale)
+        scores = score(scorer, key, value, query, geometry, partitions, layer_idx, scale)
+    # A stable sort puts the earlier position first where scores are equal, as the rule asks; topk promises no order.
+    ranked = scores.sort(dim=-1, descending=True, stable=True).indices[..., : geometry.kept]
+    kept = ranked.sort(dim=-1).values
+    starts = torch.arange(partitions, device=key.device) * geometry.lag + geometry.sink
+    return (kept + starts[:, None]).flatten(-2)
 
 
 def _select_shape(
@@ -69,7 +74,7 @@ _LIBRARY.impl("select", _select, "CompositeExplicitAutograd")
 torch.library.register_fake("lrsa::select", _select_shape, lib=_LIBRARY)
 
 
-def _rank(
+def _score(
     scorer: Scorer,
     key: Tensor,
     value: Tensor,
@@ -79,18 +84,14 @@ def _rank(
     layer_idx: int,
     scale: float,
 ) -> Tensor:
-    scores = scorer(partition(key, value, query, geometry, partitions, layer_idx, scale))
-    # A stable sort puts the earlier position first where scores are equal, as the rule asks; topk promises no order.
-    ranked = scores.sort(dim=-1, descending=True, stable=True).indices[..., : geometry.kept]
-    kept = ranked.sort(dim=-1).values
-    starts = torch.arange(partitions, device=key.device) * geometry.lag + geometry.sink
-    return (kept + starts[:, None]).flatten(-2)
+    return scorer(partition(key, value, query, geometry, partitions, layer_idx, scale))
 
 
 @functools.cache
 def _compiled():
-    """On a GPU two dozen small operators cost more to launch than to run."""
-    return torch.compile(_rank)
+    """On a GPU a dozen small operators cost more to launch than to run. The sort stays out: compiling one takes longer
+    than a short training."""
+    return torch.compile(_score)
 
 
 @functools.lru_cache(maxsize=256)
