@@ -112,7 +112,6 @@ class TrainerConf:
     checkpoint_every: int = 100  # optimiser steps
     save_model: bool = True  # write <run>/model as safetensors at the end
     progress: bool = True
-    compile: bool = False  # torch.compile of the model; every compression drawn compiles anew
 
 
 @dataclass
@@ -217,6 +216,8 @@ class BenchConf:
     key_value_heads: int = 3
     head_dim: int = 64
     rounds: int = 5
+    records: list[str] = field(default_factory=list)  # folders of earlier records: show these, measure nothing
+    table: str | None = None  # also write the tables to this Markdown file
     model: ModelConf = field(default_factory=ModelConf)  # of mode=step
 
 

@@ -93,8 +93,6 @@ def fit(
         use_distributed_sampler=False,
         default_root_dir=str(folder),
     )
-    if conf.compile:
-        module.model.compile()
     try:
         with warnings.catch_warnings():
             # Batches are built in the main process on purpose: samples are cached, and workers fork the tokenizer.
