@@ -39,7 +39,7 @@ def report(mode: str, config: Mapping[str, Any], rows: Sequence[Mapping[str, Any
 def _kernels(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], device: str) -> Report:
     """Medians in ms, dense (the fastest kernel there) -> sparse; an implementation that is wrong gets no time."""
     shape = f"batch {config['batch_size']}, {config['query_heads']}/{config['key_value_heads']} heads"
-    title = f"Attention, dense -> sparse, {shape}, D {config['head_dim']}, {config['dtype']}, {device}"
+    title = f"Attention, dense->sparse, {shape}, D {config['head_dim']}, {config['dtype']}, {device}"
     columns = ["T", "L", "keep", "form", "error", "fwd ms", "gain", "fwd+bwd ms", "gain", "ideal"]
     table = []
     for row in rows:
@@ -51,7 +51,7 @@ def _kernels(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], devic
         cells.append(f"{row['error']:.0e}")
         for name in ("forward", "forward_backward"):
             dense, sparse = (row[name][kernel]["median"] for kernel in (row[f"{name}_dense"], "sparse"))
-            cells += [f"{_ms(dense)} -> {_ms(sparse)}", f"{row[f'{name}_speedup']:.2f}x"]
+            cells += [f"{_ms(dense)}->{_ms(sparse)}", f"{row[f'{name}_speedup']:.2f}x"]
         table.append([*cells, f"{row['ideal_speedup']:.2f}x"])
     return Report(title, columns, table)
 
