@@ -147,6 +147,11 @@ def set_attention(model: nn.Module, attention: SparseAttentionConfig | None, *, 
                 "interface. Choose an architecture that does, such as Llama, Qwen2, Qwen3, Mistral or Phi3"
             )
     if attention is not None:
+        if getattr(config, "sliding_window", None) is not None and not getattr(config, "layer_types", None):
+            raise ValueError(
+                f"{type(base).__name__} slides a window of {config.sliding_window} tokens in every layer, sparse "
+                "attention needs full ones: load it with sliding_window=None in its config"
+            )
         setattr(config, NAME, attention.to_dict())
     if backend is not None:
         for module in base.modules():
@@ -196,6 +201,13 @@ def target_logits(
         raise ValueError(
             f"answer_mask: row {', '.join(map(str, rows))} has its first token as a target: nothing is before it"
         )
+    if document_ids is not None:
+        for document in find_documents(document_ids):
+            if answer_mask[document.row, document.start]:
+                raise ValueError(
+                    f"answer_mask: row {document.row} has the first token of the document at {document.start} as a "
+                    "target: what is before it belongs to another document"
+                )
     answer_mask = answer_mask[:, 1:]
     columns = answer_mask.any(0).nonzero()[:, 0]  # positions of which some row needs the prediction
     outputs = model(

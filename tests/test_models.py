@@ -299,3 +299,12 @@ def test_a_first_token_cannot_be_a_target():
     mask[1, 0] = mask[1, 30] = True
     with pytest.raises(ValueError, match=r"answer_mask.*row 1.*first token"):
         target_logits(fresh(), tokens(2, 40), mask)
+
+
+def test_a_packed_documents_first_token_cannot_be_a_target():
+    model = fresh(None)
+    ids, targets = tokens(1, 20), torch.zeros(1, 20, dtype=torch.bool)
+    targets[0, 12] = True
+    documents = torch.tensor([[0] * 12 + [1] * 8])
+    with pytest.raises(ValueError, match=r"row 0 has the first token of the document at 12 as a target"):
+        target_logits(model, ids, targets, documents)

@@ -81,7 +81,12 @@ class SparseAttentionConfig:
         self.build_scorer()  # an unknown scorer or argument fails here, before any forward
 
     def __hash__(self) -> int:
-        return hash(self.to_json())
+        values = {f.name: getattr(self, f.name) for f in fields(self)} | {"scorer_args": self._frozen_args}
+        return hash(tuple(values.items()))
+
+    @functools.cached_property
+    def _frozen_args(self) -> tuple[tuple[str, Any], ...]:
+        return tuple(sorted(self.scorer_args.items()))
 
     @property
     def geometry(self) -> Geometry:
@@ -139,7 +144,7 @@ class SparseAttentionConfig:
         return cls(**values)
 
     def to_json(self) -> str:
-        """`to_dict` as text, the same for equal configs; made once, for every layer of every step asks."""
+        """`to_dict` as text, made once: every layer of every step asks."""
         return self._json
 
     @functools.cached_property

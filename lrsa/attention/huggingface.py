@@ -18,7 +18,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from lrsa.attention.api import sparse_attention
 from lrsa.attention.config import SparseAttentionConfig
-from lrsa.attention.documents import PAD, LastResult
+from lrsa.attention.documents import PAD, LastResult, find_documents
 
 NAME = "lrsa"
 _UNSUPPORTED = {
@@ -115,7 +115,22 @@ def _document_ids(
         if ids is None:
             ids = torch.zeros((batch, tokens), dtype=torch.int64, device=query.device)
         ids = ids.masked_fill(attention_mask == 0, PAD)
+    if ids is not None and position_ids is not None:
+        _check_positions(ids, position_ids)
     return ids
+
+
+def _check_positions(document_ids: Tensor, position_ids: Tensor) -> None:
+    """RoPE turns a key by its position, and a rule that reads keys then picks other tokens than in the row alone."""
+    positions = position_ids.expand_as(document_ids).cpu()
+    for document in find_documents(document_ids):
+        first = int(positions[document.row, document.start])
+        if first:
+            raise ValueError(
+                f"row {document.row}: the document at token {document.start} has position {first} there, not 0: pads "
+                "and packed neighbours must not count. Pass position_ids that start anew, as generate and "
+                "target_logits do, e.g. (attention_mask.cumsum(-1) - 1).clamp(min=0)"
+            )
 
 
 _FOUND: LastResult[Tensor | None] = LastResult()  # looking into a tensor on the GPU waits for it: once a forward pass

@@ -63,30 +63,23 @@ def test_keeping_all_gives_the_dense_logits(family):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("positions", ["given", "default"])
 @pytest.mark.parametrize("backend", ["reference", "gather"])
-def test_a_padded_row_equals_the_row_alone(backend, positions, side):
-    """Default positions count pads; recency does not read keys, so a shift that RoPE cancels is harmless to it."""
-    config = (
-        CONFIG if positions == "given" else SparseAttentionConfig(scorer="recency", sink_size=3, lag_size=8, top_k=3)
-    )
-    model = model_of(attention=config, backend=backend)
+def test_a_padded_row_equals_the_row_alone(backend, side):
+    model = model_of(backend=backend)
     rows = [tokens(1, n, seed=n)[0] for n in (90, 61, 5)]
     ids, mask = torch.zeros(3, 90, dtype=torch.int64), torch.zeros(3, 90, dtype=torch.int64)
     for i, row in enumerate(rows):
         span = slice(90 - len(row), 90) if side == "left" else slice(0, len(row))
         ids[i, span], mask[i, span] = row, 1
-    options = {}
-    if positions == "given":
-        options["position_ids"] = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 1)  # as generate() makes them
-    together = logits(model, ids, attention_mask=mask, **options)
+    positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 1)  # as generate() makes them
+    together = logits(model, ids, attention_mask=mask, position_ids=positions)
     for i, row in enumerate(rows):
         torch.testing.assert_close(together[i, mask[i].bool()], logits(model, row[None])[0], **NEAR)
     assert together.isfinite().all()
 
 
 @pytest.mark.parametrize("backend", ["reference", "gather"])
-@pytest.mark.parametrize("told", ["document_ids", "position_ids", "both"])
+@pytest.mark.parametrize("told", ["position_ids", "both"])
 def test_packed_documents_equal_the_documents_alone(told, backend):
     model = model_of(backend=backend)
     rows = [tokens(1, n, seed=n) for n in (50, 40, 30)]
@@ -95,15 +88,23 @@ def test_packed_documents_equal_the_documents_alone(told, backend):
         "document_ids": torch.tensor([[0] * 50 + [1] * 40 + [2] * 30]),
         "position_ids": torch.cat([torch.arange(n) for n in (50, 40, 30)])[None],
     }
-    if told == "document_ids":  # tells who sees whom; positions are the caller's
-        recency = SparseAttentionConfig(scorer="recency", sink_size=3, lag_size=8, top_k=3)
-        set_attention(model, recency)
-        del arguments["position_ids"]
-    elif told == "position_ids":
+    if told == "position_ids":
         del arguments["document_ids"]
     together = logits(model, ids, **arguments)
     for row, part in zip(rows, together.split((50, 40, 30), dim=1), strict=True):
         torch.testing.assert_close(part, logits(model, row), **NEAR)
+
+
+def test_positions_that_count_pads_or_neighbours_are_refused():
+    """They would turn the keys, and `lag_relative` would pick other tokens than in the row alone."""
+    model, ids = model_of(), tokens(2, 90)
+    mask = torch.ones(2, 90, dtype=torch.int64)
+    mask[1, :20] = 0
+    with pytest.raises(ValueError, match=r"row 1: the document at token 20 has position 20 there, not 0.*cumsum"):
+        logits(model, ids, attention_mask=mask)
+    documents = torch.tensor([[0] * 50 + [1] * 40] * 2)
+    with pytest.raises(ValueError, match=r"row 0: the document at token 50 has position 50 there, not 0"):
+        logits(model, ids, document_ids=documents)
 
 
 def test_a_mask_beside_document_ids_still_hides_its_pads():
@@ -231,7 +232,12 @@ def test_decoding_over_an_ordinary_cache_is_refused():
 
 def test_a_sliding_window_is_refused():
     torch.manual_seed(0)
-    model = load_model("fresh", CONFIG, config={"model_type": "mistral", **SMALL, "sliding_window": 16})
+    mistral = {"model_type": "mistral", **SMALL, "sliding_window": 16}
+    with pytest.raises(ValueError, match=r"MistralForCausalLM slides a window of 16 tokens.*sliding_window=None"):
+        load_model("fresh", CONFIG, config=mistral)
+    model = load_model("fresh", None, config=mistral)
+    model.config.lrsa = CONFIG.to_dict()  # as AutoModel with attn_implementation="lrsa" would have it
+    model.set_attn_implementation("lrsa")
     with pytest.raises(ValueError, match=r"MistralAttention asks for sliding-window layers \(sliding_window\)"):
         logits(model, tokens(1, 40))
     config = {"model_type": "qwen2", **SMALL, "use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}
