@@ -6,6 +6,7 @@ B batch, T tokens, V vocabulary.
 from __future__ import annotations
 
 import copy
+import functools
 from pathlib import Path
 from typing import Any, Literal
 
@@ -57,16 +58,13 @@ def load_model(
         model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, attn_implementation="sdpa")
     else:
         folder = _locate(name_or_path)
-        options: dict[str, Any] = {"revision": revision, "gguf_file": gguf_file, "trust_remote_code": False}
-        options = {k: v for k, v in options.items() if v is not None}
         with _HubErrors(name_or_path):
-            model_config = AutoConfig.from_pretrained(folder, **options)
-            _scale_rope(model_config, rope_scaling)
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, config=model_config, dtype=dtype, attn_implementation="sdpa", **options
-            )
-        if gguf_file is not None:
-            model = _dequantised(model)
+            if gguf_file is not None:
+                model = _dequantised(_read_gguf(folder, gguf_file, revision, dtype), rope_scaling)
+            else:
+                model_config = AutoConfig.from_pretrained(folder, **_options(revision=revision))
+                _scale_rope(model_config, rope_scaling)
+                model = _from_pretrained(folder, config=model_config, dtype=dtype, revision=revision)
     if attention == STORED:
         stored = getattr(model.config, NAME, None)
         attention = None if stored is None else SparseAttentionConfig.from_dict(stored)
@@ -80,9 +78,11 @@ def load_tokenizer(
     name_or_path: str | Path, *, gguf_file: str | None = None, revision: str | None = None
 ) -> PreTrainedTokenizerBase:
     """The tokenizer beside a model; raises as `load_model` does. A missing pad token is filled by the EOS token."""
-    options = {k: v for k, v in {"gguf_file": gguf_file, "revision": revision}.items() if v is not None}
     with _HubErrors(name_or_path):
-        tokenizer = AutoTokenizer.from_pretrained(_locate(name_or_path), trust_remote_code=False, **options)
+        read = AutoTokenizer.from_pretrained if gguf_file is None else _read_gguf_tokenizer
+        tokenizer = read(_locate(name_or_path), **_options(gguf_file=gguf_file, revision=revision))
+        if gguf_file is not None:
+            tokenizer = copy.deepcopy(tokenizer)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -241,14 +241,35 @@ def _scale_rope(config: Any, scaling: dict[str, Any] | None) -> None:
         config.rope_parameters = {**(config.rope_parameters or {}), **scaling}
 
 
-def _dequantised(model: PreTrainedModel) -> PreTrainedModel:
-    """The same weights in a model that does not call itself quantised, which could be neither trained nor saved."""
+def _options(**given: Any) -> dict[str, Any]:
+    """Arguments of `from_pretrained`, less those that are None."""
+    return {"trust_remote_code": False} | {name: value for name, value in given.items() if value is not None}
+
+
+def _from_pretrained(folder: str, **given: Any) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa", **_options(**given))
+
+
+# Reading a GGUF file takes many times as long as safetensors, and the jobs of a multirun start from the same one.
+@functools.lru_cache(maxsize=1)
+def _read_gguf(folder: str, gguf_file: str, revision: str | None, dtype: torch.dtype) -> PreTrainedModel:
+    return _from_pretrained(folder, gguf_file=gguf_file, revision=revision, dtype=dtype)
+
+
+@functools.lru_cache(maxsize=1)
+def _read_gguf_tokenizer(folder: str, **options: Any) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(folder, **options)
+
+
+def _dequantised(model: PreTrainedModel, rope_scaling: dict[str, Any] | None) -> PreTrainedModel:
+    """A copy of the model that does not call itself quantised: one that does can be neither trained nor saved."""
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    _scale_rope(config, rope_scaling)
     plain = type(model)(config).to(model.dtype)
     plain.load_state_dict(model.state_dict())
-    plain.generation_config = model.generation_config
+    plain.generation_config = copy.deepcopy(model.generation_config)
     return plain
 
 

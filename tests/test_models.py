@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from lrsa import models
 from lrsa.attention import SparseAttentionConfig
 from lrsa.config import ModelConf
 from lrsa.models import build_model, get_attention, load_model, load_tokenizer, set_attention, target_logits
@@ -232,6 +233,34 @@ def test_a_folder_without_weights_is_not_called_missing(saved, tmp_path):
 def test_an_unknown_model_type_lists_the_valid_ones():
     with pytest.raises(ValueError, match=r"nonsense.*llama"):
         load_model("fresh", None, config={"model_type": "nonsense"})
+
+
+# ------------------------------------------------------------------ GGUF
+
+
+def test_a_gguf_file_is_read_once_a_process_and_each_model_is_its_own(monkeypatch):
+    reads = []
+
+    def read(folder, **options):
+        reads.append(options["gguf_file"])
+        model = fresh(None)
+        model.config.quantization_config = {"quant_method": "gguf"}
+        return model
+
+    models._read_gguf.cache_clear()
+    monkeypatch.setattr(models, "_from_pretrained", read)
+    first, second = (load_model("folder", CONFIG, gguf_file="a.gguf") for _ in range(2))
+    scaled = load_model("folder", None, gguf_file="a.gguf", rope_scaling={"rope_type": "linear", "factor": 2.0})
+    models._read_gguf.cache_clear()
+    assert reads == ["a.gguf"]
+    ids = tokens(1, 90)
+    assert torch.equal(logits(first, ids), logits(fresh(), ids))
+    with torch.no_grad():
+        for parameter in first.parameters():
+            parameter.zero_()
+    assert torch.equal(logits(second, ids), logits(fresh(), ids))
+    assert not hasattr(second.config, "quantization_config")
+    assert scaled.config.rope_parameters["factor"] == 2.0 and "factor" not in second.config.rope_parameters
 
 
 # ------------------------------------------------------------------ target logits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -85,18 +86,26 @@ class TokenStore:
         return [np.asarray(ids, dtype=np.int32) for ids in encoded["input_ids"]]
 
 
-# Stores live as long as their tokenizer, so that the tasks of one evaluation tokenise their common filler once.
-_STORES: weakref.WeakKeyDictionary[PreTrainedTokenizerBase, dict[tuple[object, ...], TokenStore]]
-_STORES = weakref.WeakKeyDictionary()
+# The jobs of a multirun, each with a tokenizer of its own, tokenise their common texts once. Only the last few stores
+# stay, for a data set's ids take some hundred megabytes.
+_KEEP = 2
+_STORES: dict[tuple[str, Path | None], TokenStore] = {}
+_FINGERPRINTS: weakref.WeakKeyDictionary[PreTrainedTokenizerBase, dict[tuple[object, ...], str]]
+_FINGERPRINTS = weakref.WeakKeyDictionary()
 
 
 def token_store(tokenizer: PreTrainedTokenizerBase, cache_dir: Path | None) -> TokenStore:
-    """The tokenizer's store; a new one after tokens or a template were changed."""
-    stores = _STORES.setdefault(tokenizer, {})
-    key = (len(tokenizer), tokenizer.chat_template, tokenizer.eos_token, cache_dir)
-    if key not in stores:
-        stores[key] = TokenStore(tokenizer, cache_dir)
-    return stores[key]
+    """The store of all tokenizers that are equal to this one now; a new one after tokens or a template were changed."""
+    known = _FINGERPRINTS.setdefault(tokenizer, {})
+    state = (len(tokenizer), tokenizer.chat_template, tokenizer.eos_token)
+    if state not in known:
+        known[state] = tokenizer_fingerprint(tokenizer)
+    key = (known[state], cache_dir)
+    store = _STORES.pop(key, None) or TokenStore(copy.deepcopy(tokenizer), cache_dir)
+    _STORES[key] = store  # the last one used comes last
+    while len(_STORES) > _KEEP:
+        del _STORES[next(iter(_STORES))]
+    return store
 
 
 def default_cache_dir() -> Path:

@@ -48,7 +48,7 @@ def load_tasks(tokenizer: PreTrainedTokenizerBase, conf: EvaluationConf, length:
         try:
             prompts = SampleSet(examples, tokenizer, length)
             prompts.check(len(prompts))
-            floor = SampleSet(examples, tokenizer, None, context=False) if conf.floor else None
+            floor = SampleSet(examples, tokenizer, None, context=False, loaded=prompts.loaded) if conf.floor else None
         except (ValueError, OSError) as error:
             error.add_note(f"in evaluation.tasks.{name}")
             raise

@@ -1,6 +1,9 @@
 """The training stream: collation, mixture, resuming, and the cache of tokens."""
 
+import copy
+import gc
 import logging
+import weakref
 
 import pytest
 import torch
@@ -9,7 +12,7 @@ from omegaconf import OmegaConf
 from lrsa.config import DataConf, ExamplesConf, RecipeConf
 from lrsa.data import LRSADataModule, Sample, SampleSet, collate
 from lrsa.data.datamodule import Mixture, ResumableSampler
-from lrsa.data.tokens import TokenStore
+from lrsa.data.tokens import TokenStore, token_store
 from tests.data.conftest import write_rows
 
 ARGS = {"needles": 4, "value_digits": 3, "key_words": 1, "instruction": ""}
@@ -189,3 +192,16 @@ def test_an_unwritable_cache_costs_only_the_cache(tmp_path, bytes_tokenizer, cap
     store = TokenStore(bytes_tokenizer, tmp_path / "file")
     store.preload(["The sky is clear."])
     assert len(store.get("The sky is clear.")) and "was not written" in caplog.text
+
+
+def test_equal_tokenizers_share_a_store_that_later_changes_do_not_reach(bytes_tokenizer, tmp_path) -> None:
+    mine, other = copy.deepcopy(bytes_tokenizer), copy.deepcopy(bytes_tokenizer)
+    store = token_store(mine, tmp_path)
+    assert token_store(other, tmp_path) is store
+    mine.chat_template = "{{ messages[0]['content'] }}"
+    assert token_store(mine, tmp_path) is not store
+    assert token_store(other, tmp_path).tokenizer.chat_template == other.chat_template
+    alive = weakref.ref(other)
+    del other
+    gc.collect()
+    assert alive() is None
