@@ -26,7 +26,7 @@ from lrsa.tracking import (
     task_overrides,
 )
 from lrsa.training import resolve_device
-from lrsa.validation import check_context_window, check_eval
+from lrsa.validation import bad_input_without_traceback, check_context_window, check_eval
 
 log = logging.getLogger(__name__)
 register_configs()
@@ -37,7 +37,8 @@ def main(config: DictConfig) -> None:
     """Hydra entry."""
     conf = OmegaConf.to_object(config)
     assert isinstance(conf, EvalConf)
-    run_evaluation(conf, overrides=task_overrides())
+    with bad_input_without_traceback():
+        run_evaluation(conf, overrides=task_overrides())
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # the jobs of a multirun share the process
 

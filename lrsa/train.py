@@ -35,7 +35,7 @@ from lrsa.tracking import (
 from lrsa.training import PostTraining, TrainingResult, find_checkpoint, fit, resolve_device, save_model
 from lrsa.training.lora import add_lora, merge_lora
 from lrsa.training.module import parameter_counts
-from lrsa.validation import check_context_window, check_train
+from lrsa.validation import bad_input_without_traceback, check_context_window, check_train
 
 log = logging.getLogger(__name__)
 register_configs()
@@ -51,7 +51,8 @@ def main(config: DictConfig) -> float | None:
     conf = OmegaConf.to_object(config)
     assert isinstance(conf, TrainConf)
     try:
-        return run_training(conf, overrides=task_overrides())
+        with bad_input_without_traceback():
+            return run_training(conf, overrides=task_overrides())
     finally:
         # The jobs of a multirun share the process: the next one needs this one's memory.
         gc.collect()

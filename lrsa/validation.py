@@ -5,11 +5,14 @@ Hydra has checked names and types by then. All problems are reported at once, ea
 
 from __future__ import annotations
 
+import contextlib
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from hydra.errors import CompactHydraException
 
 from lrsa.attention import BACKENDS, SparseAttentionConfig, from_conf
 from lrsa.config import (
@@ -24,9 +27,11 @@ from lrsa.config import (
     TrainConf,
     TrainerConf,
 )
+from lrsa.data import ContextTooLongError, DataRowError
 from lrsa.data.prompts import PROMPTS
 from lrsa.data.sources import SOURCES, source_args
-from lrsa.training import find_checkpoint, micro_batches
+from lrsa.results import RecordError
+from lrsa.training import NonFiniteLoss, find_checkpoint, micro_batches
 
 PRECISIONS = ("32-true", "bf16-mixed")
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
@@ -40,6 +45,33 @@ class ConfigError(ValueError):
 
 class ConfigWarning(UserWarning):
     """A setting that works, but hardly as meant."""
+
+
+# What the user can put right: the message says how, and where in the code it was noticed does not matter.
+BAD_INPUT = (
+    ConfigError,
+    ContextTooLongError,
+    DataRowError,
+    NonFiniteLoss,
+    RecordError,
+    FileNotFoundError,
+    ConnectionError,
+)
+
+
+@contextlib.contextmanager
+def bad_input_without_traceback() -> Iterator[None]:
+    """Around a command: Hydra prints the message of `BAD_INPUT` alone, of other errors the traceback too.
+
+    With HYDRA_FULL_ERROR=1 all errors pass as they are; a run's record holds the traceback in any case.
+    """
+    try:
+        yield
+    except BAD_INPUT as error:
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        lines = [f"error: {error}", *getattr(error, "__notes__", [])]
+        raise CompactHydraException("\n".join(lines)) from error
 
 
 def check_train(conf: TrainConf) -> None:

@@ -209,3 +209,30 @@ def test_resume_continues_bit_for_bit(command: Command, monkeypatch: pytest.Monk
     assert first.training is not None and second.training is not None
     assert first.training["loss_curve"] == second.training["loss_curve"]
     assert first.outcomes() == second.outcomes()
+
+
+@pytest.mark.parametrize(
+    ("main", "bad", "message"),
+    [
+        (lrsa.train.main, "attention.scorer=foo", "scorer='foo' is unknown: choose one of lag_relative"),
+        (lrsa.train.main, "evaluation.length=40", "more than length=40"),
+        (lrsa.evaluate.main, "evaluation.compressions=[0.5]", "[0.5] is below 1"),
+    ],
+)
+def test_bad_input_is_a_message_and_no_traceback(
+    command: Command,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tokenizer: Path,
+    main: Callable[[], Any],
+    bad: str,
+    message: str,
+) -> None:
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    with pytest.raises(SystemExit):
+        if main is lrsa.train.main:
+            command(main, "logger=none", bad)
+        else:
+            command(main, "model=tiny_random", f"model.tokenizer={tokenizer}", "logger=none", bad, small=False)
+    shown = capsys.readouterr().err
+    assert message in shown and "error: " in shown and "Traceback" not in shown
