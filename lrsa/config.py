@@ -65,9 +65,9 @@ class ExamplesConf:
     split: str = "train"
     weight: float = 1.0  # share of the training mixture
     questions: int = 1  # per context
-    limit: int | None = None  # samples; None: every question once
+    limit: int | None = None  # samples of a task (training: recipe.steps); None: every question once
     seed: int = 0
-    filler: str | None = None  # folder of *.txt(.gz) prose, or None: the built-in haystack sentences
+    filler: str | None = None  # prose: folder of *.txt(.gz), or hub id:config; None: the built-in haystack sentences
     prompt: str = "chat"  # chat (the tokenizer's template) or plain
     args: dict[str, Any] = field(default_factory=dict)  # of the source
 

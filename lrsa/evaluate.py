@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 
 import hydra
 import torch
 from lightning import seed_everything
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 
 from lrsa.config import EvalConf, config_dir, register_configs
 from lrsa.evaluation import evaluate, load_tasks
 from lrsa.models import build_model, build_tokenizer
 from lrsa.results import Record
-from lrsa.tracking import (
-    finish_wandb,
-    log_results,
-    plain,
-    results_figure,
-    results_table,
-    start_wandb,
-    summary_metrics,
-    task_overrides,
-)
+from lrsa.tracking import finish, recorded, task_overrides
 from lrsa.training import resolve_device
 from lrsa.validation import bad_input_without_traceback, check_context_window, check_eval
 
-log = logging.getLogger(__name__)
 register_configs()
 
 
@@ -53,43 +41,23 @@ def run_evaluation(conf: EvalConf, overrides: Sequence[str] = ()) -> Record:
     check_eval(conf)
     if conf.run.threads is not None:
         torch.set_num_threads(conf.run.threads)
-    config = plain(conf)
-    with Record.start(
-        conf.run.output_dir,
-        command="lrsa-eval",
-        study=conf.run.study,
-        arm=conf.run.arm or conf.run.name,
-        seed=conf.run.seed,
-        config=config,
-        overrides=overrides,
-    ) as record:
-        logger = start_wandb(conf.logger, conf.run, config)
-        try:
-            seed_everything(conf.run.seed, verbose=False)
-            tokenizer = build_tokenizer(conf.model)
-            tasks = load_tasks(tokenizer, conf.evaluation, conf.evaluation.length)
-            record.update(data=[fact for task in tasks for fact in task.facts()])
-            # Each cell applies its own attention; what the checkpoint was trained with plays no part here.
-            model = build_model(conf.model, None).to(resolve_device(conf.trainer))
-            check_context_window(model.config, conf.evaluation.length)
-            cells, outcomes = evaluate(
-                model,
-                tokenizer,
-                conf.evaluation,
-                conf.evaluation.length,
-                tasks=tasks,
-                progress=conf.trainer.progress,
-            )
-            metrics = summary_metrics(cells)
-            record.finish(metrics, cells, outcomes)
-            log_results(logger, metrics, cells, results_figure(record))
-        except BaseException as error:
-            finish_wandb(logger, error)
-            raise
-        finish_wandb(logger)
-    if cells:
-        Console().print(results_table(record))
-    log.info("record: %s", record.path)
+    with recorded(conf, "lrsa-eval", conf.run.arm or conf.run.name, overrides) as (record, logger):
+        seed_everything(conf.run.seed, verbose=False)
+        tokenizer = build_tokenizer(conf.model)
+        tasks = load_tasks(tokenizer, conf.evaluation, conf.evaluation.length)
+        record.update(data=[fact for task in tasks for fact in task.facts()])
+        # Each cell applies its own attention; what the checkpoint was trained with plays no part here.
+        model = build_model(conf.model, None).to(resolve_device(conf.trainer))
+        check_context_window(model.config, conf.evaluation.length)
+        cells, outcomes = evaluate(
+            model,
+            tokenizer,
+            conf.evaluation,
+            conf.evaluation.length,
+            tasks=tasks,
+            progress=conf.trainer.progress,
+        )
+        finish(record, logger, cells, outcomes)
     return record
 
 

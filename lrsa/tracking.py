@@ -1,8 +1,10 @@
-"""W&B: one run for each record, offline unless told otherwise. Results never depend on it."""
+"""A run's record and the W&B run beside it, offline unless told otherwise. Results never depend on W&B."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,14 @@ from hydra.types import RunMode
 from lightning.pytorch.loggers import WandbLogger
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
-from rich.console import RenderableType
+from rich.console import Console, RenderableType
 
-from lrsa.config import LoggerConf, RunConf
+from lrsa.config import EvalConf, LoggerConf, RunConf, TrainConf
 from lrsa.results import Record, build_table, cells_frame, rows_for_logging
 from lrsa.results.figures import accuracy_figure
 from lrsa.results.formats import to_console
+
+log = logging.getLogger(__name__)
 
 
 def task_overrides() -> list[str]:
@@ -52,6 +56,45 @@ def start_wandb(conf: LoggerConf, run: RunConf, config: Mapping[str, Any]) -> Wa
     started.define_metric("trainer/global_step", hidden=True)
     started.define_metric("train/*", step_metric="trainer/global_step")
     return WandbLogger(experiment=started, save_dir=run.output_dir)
+
+
+@contextlib.contextmanager
+def recorded(
+    conf: TrainConf | EvalConf, command: str, arm: str, overrides: Sequence[str]
+) -> Iterator[tuple[Record, WandbLogger | None]]:
+    """The started record and W&B run of a command; whatever goes wrong inside marks both as failed and is raised."""
+    config = plain(conf)
+    with Record.start(
+        conf.run.output_dir,
+        command=command,
+        study=conf.run.study,
+        arm=arm,
+        seed=conf.run.seed,
+        config=config,
+        overrides=overrides,
+    ) as record:
+        logger = start_wandb(conf.logger, conf.run, config)
+        try:
+            yield record, logger
+        except BaseException as error:
+            finish_wandb(logger, error)
+            raise
+        finish_wandb(logger)
+
+
+def finish(
+    record: Record,
+    logger: WandbLogger | None,
+    cells: Sequence[Mapping[str, Any]],
+    outcomes: Sequence[Any],
+) -> None:
+    """Results into the record and W&B, and as a table on the terminal."""
+    metrics = summary_metrics(cells)
+    record.finish(metrics, cells, outcomes)
+    log_results(logger, metrics, cells, results_figure(record))
+    if cells:
+        Console().print(results_table(record))
+    log.info("record: %s", record.path)
 
 
 def log_results(

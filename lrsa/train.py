@@ -13,7 +13,6 @@ import torch
 from lightning import seed_everything
 from lightning.pytorch.loggers import WandbLogger
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lrsa.attention import from_conf
@@ -22,16 +21,7 @@ from lrsa.data import LRSADataModule
 from lrsa.evaluation import evaluate, load_tasks
 from lrsa.models import build_model, build_tokenizer
 from lrsa.results import Record, downsample
-from lrsa.tracking import (
-    finish_wandb,
-    log_results,
-    plain,
-    results_figure,
-    results_table,
-    start_wandb,
-    summary_metrics,
-    task_overrides,
-)
+from lrsa.tracking import finish, plain, recorded, task_overrides
 from lrsa.training import PostTraining, TrainingResult, find_checkpoint, fit, resolve_device, save_model
 from lrsa.training.lora import add_lora, merge_lora
 from lrsa.training.module import parameter_counts
@@ -74,35 +64,17 @@ def run_training(conf: TrainConf, overrides: Sequence[str] = ()) -> float | None
     check_train(conf)
     if conf.run.threads is not None:
         torch.set_num_threads(conf.run.threads)
-    config = plain(conf)
-    with Record.start(
-        conf.run.output_dir,
-        command="lrsa-train",
-        study=conf.run.study,
-        arm=conf.run.arm or conf.recipe.name,
-        seed=conf.run.seed,
-        config=config,
-        overrides=overrides,
-    ) as record:
-        logger = start_wandb(conf.logger, conf.run, config)
-        try:
-            result = _train_and_evaluate(conf, config, record, logger)
-        except BaseException as error:
-            finish_wandb(logger, error)
-            raise
-        finish_wandb(logger)
-    return result
+    with recorded(conf, "lrsa-train", conf.run.arm or conf.recipe.name, overrides) as (record, logger):
+        return _train_and_evaluate(conf, record, logger)
 
 
-def _train_and_evaluate(
-    conf: TrainConf, config: Mapping[str, Any], record: Record, logger: WandbLogger | None
-) -> float | None:
+def _train_and_evaluate(conf: TrainConf, record: Record, logger: WandbLogger | None) -> float | None:
     seed_everything(conf.run.seed, verbose=False)
     tokenizer = build_tokenizer(conf.model)
     tasks = load_tasks(tokenizer, conf.evaluation, conf.data.length)
     record.update(data=[fact for task in tasks for fact in task.facts()])
     if conf.recipe.train:
-        model = _train(conf, config, tokenizer, record, logger)
+        model = _train(conf, tokenizer, record, logger)
     else:
         model = build_model(conf.model, None)
     model.to(resolve_device(conf.trainer))
@@ -114,18 +86,12 @@ def _train_and_evaluate(
         tasks=tasks,
         progress=conf.trainer.progress,
     )
-    metrics = summary_metrics(cells)
-    record.finish(metrics, cells, outcomes)
-    log_results(logger, metrics, cells, results_figure(record))
-    if cells:
-        Console().print(results_table(record))
-    log.info("record: %s", record.path)
+    finish(record, logger, cells, outcomes)
     return headline(cells)
 
 
 def _train(
     conf: TrainConf,
-    config: Mapping[str, Any],
     tokenizer: PreTrainedTokenizerBase,
     record: Record,
     logger: WandbLogger | None,
@@ -141,7 +107,7 @@ def _train(
     adapter = None if conf.model.lora is None else add_lora(model, conf.model.lora)
     parameters = parameter_counts(model)
 
-    module = PostTraining(model, attention, conf.recipe, conf.run.seed, identity=_identity(conf, config))
+    module = PostTraining(model, attention, conf.recipe, conf.run.seed, identity=_identity(conf))
     resume = None if conf.resume is None else find_checkpoint(conf.resume)
     trained = fit(module, data, conf.trainer, folder, logger=logger, resume=resume)
     record.update(training={**_training_facts(trained), "parameters": parameters})
@@ -165,7 +131,8 @@ def _training_facts(trained: TrainingResult) -> dict[str, Any]:
     return {**trained.summary, "loss_curve": curve}
 
 
-def _identity(conf: TrainConf, config: Mapping[str, Any]) -> dict[str, Any]:
+def _identity(conf: TrainConf) -> dict[str, Any]:
+    config = plain(conf)
     shared = {
         group: {name: value for name, value in config[group].items() if name not in NOT_IDENTITY.get(group, ())}
         for group in IDENTITY

@@ -176,6 +176,11 @@ def _data(conf: DataConf) -> Iterator[str]:
         yield from _examples(f"data.parts.{name}", part)
         if part.weight < 0:
             yield f"data.parts.{name}.weight={part.weight}: a share of the mixture, not below 0"
+        if part.limit is not None:
+            yield (
+                f"data.parts.{name}.limit={part.limit} bounds tasks alone: training reads recipe.steps x "
+                "recipe.batch_size samples, every question once an epoch; leave it null"
+            )
     if conf.parts and not sum(part.weight for part in conf.parts.values()) > 0:
         yield "data.parts: all weights are 0, so no part can be drawn"
 

@@ -106,7 +106,7 @@ def test_the_real_run_is_what_it_says() -> None:
     assert (conf.data.length, conf.attention.sink_size, conf.attention.lag_size) == (4096, 16, 128)
     assert (conf.recipe.steps, conf.recipe.batch_size, conf.recipe.learning_rate) == (300, 8, 1e-4)
     tasks = {name: task.limit for name, task in conf.evaluation.tasks.items()}
-    assert tasks == {"needles": 160, "xquad": None, "hotpotqa": 300}
+    assert tasks == {"needles": 320, "xquad": None, "hotpotqa": 300}
     assert conf.evaluation.compressions == [1, 2, 4, 8, 16]
     assert conf.trainer.precision == conf.evaluation.precision == "bf16-mixed"
 
@@ -243,6 +243,7 @@ def test_every_experiment_runs_on_a_tiny_model(
         (["model.dtype=int8"], r"model\.dtype='int8'.*float32"),
         (["model.gguf_file=a.gguf"], r"model\.gguf_file=a\.gguf"),
         (["data.parts.needles.weight=0"], r"all weights are 0"),
+        (["data.parts.needles.limit=5"], r"data\.parts\.needles\.limit=5 bounds tasks alone"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )

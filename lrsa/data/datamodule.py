@@ -6,6 +6,7 @@ depends on (data, seed, g) alone: its part is drawn from (seed, g), and it is th
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -158,9 +159,12 @@ class LRSADataModule(L.LightningDataModule):
             raise
 
     def describe(self) -> list[dict[str, Any]]:
-        """For the record: one entry a part, with its name and weight."""
-        parts = self.mixture.parts.items()
-        return [{"name": name, "weight": self.data.parts[name].weight, **part.describe()} for name, part in parts]
+        """For the record: one entry a part, with its name, its weight and the samples drawn from it in a whole run."""
+        drawn = Counter(name for name, _ in self.mixture.plan)
+        return [
+            {"name": name, "weight": self.data.parts[name].weight, "drawn": drawn[name], **part.describe()}
+            for name, part in self.mixture.parts.items()
+        ]
 
     def setup(self, stage: str | None = None) -> None:
         """Read, tokenise and check everything, so that mistakes show before the first step."""

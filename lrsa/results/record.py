@@ -27,8 +27,19 @@ from lrsa.results import environment, schema
 
 RECORD_FILE = "record.json"
 OUTCOMES_FILE = "outcomes.jsonl.gz"
-# where a run is logged, how it is shown and where it continues from do not change what it computes
-_NOT_IN_ID = ("run.output_dir", "run.threads", "logger", "trainer.progress", "trainer.log_every", "resume")
+# where a run is logged, how it is shown, what it saves and where it continues from do not change what it computes
+_NOT_IN_ID = (
+    "run.output_dir",
+    "run.threads",
+    "logger",
+    "trainer.progress",
+    "trainer.log_every",
+    "trainer.checkpoint_every",
+    "trainer.save_model",
+    "data.cache_dir",
+    "data.workers",
+    "resume",
+)
 
 
 class RecordError(ValueError):
