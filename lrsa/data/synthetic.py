@@ -47,6 +47,14 @@ def _value(rng: random.Random, args: dict[str, Any]) -> str:
     return " ".join(rng.sample(NOUNS, size))
 
 
+def _words(rng: random.Random, args: dict[str, Any], count: int, keys: list[str]) -> list[str]:
+    """Values of words; no word of a context comes twice, nor in a key: each word has one successor to recall."""
+    used = set("-".join(keys).split("-"))
+    size = int(args["value_digits"])
+    words = rng.sample([noun for noun in NOUNS if noun not in used], count * size)
+    return [" ".join(words[start : start + size]) for start in range(0, count * size, size)]
+
+
 def _distinct(draw: Callable[[], str], count: int) -> list[str]:
     found: dict[str, None] = {}
     while len(found) < count:
@@ -58,8 +66,7 @@ def _check(args: dict[str, Any], count: int, n_keys: int) -> None:
     if args["values"] not in ("digits", "words"):
         raise ValueError(f"args.values={args['values']!r} is unknown; valid: digits, words")
     size = int(args["value_digits"])
-    n_values = 10**size if args["values"] == "digits" else len(NOUNS) ** size
-    if size < 1 or count > n_values:
+    if size < 1 or count > (10**size if args["values"] == "digits" else (len(NOUNS) - count) // size):
         raise ValueError(f"args.needles={count} distinct values do not exist with args.value_digits={size}")
     if not 1 <= count <= n_keys:
         raise ValueError(f"args.needles={count} must lie in [1, {n_keys}], the number of keys at this args.key_words")
@@ -80,7 +87,9 @@ def draw_needles(args: dict[str, Any], questions: int, rng: random.Random, prefi
         keys = rng.sample(NOUNS, count)
     else:
         keys = _distinct(lambda: f"{rng.choice(ADJECTIVES)}-{rng.choice(NOUNS)}", count)
-    values = _distinct(lambda: _value(rng, args), count)
+    values = (
+        _words(rng, args, count, keys) if args["values"] == "words" else _distinct(lambda: _value(rng, args), count)
+    )
     statements = [args["statement"].format(key=key, value=value) for key, value in zip(keys, values, strict=True)]
     asked = rng.sample(range(count), questions)
     return [

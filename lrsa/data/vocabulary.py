@@ -11,16 +11,17 @@ from transformers import PreTrainedTokenizerFast
 from lrsa.data.synthetic import NEEDLES_ARGS, PASSKEY_ARGS
 from lrsa.data.wordlists import ADJECTIVES, HAYSTACK, NOUNS
 
-SPECIAL = ("<pad>", "<unk>", "<bos>", "<end>", "<user>", "<assistant>")
+SPECIAL = ("<pad>", "<unk>", "<bos>", "<end>", "<user>")
 # Short wording for contexts of a few hundred tokens; conf/data/demo_recall.yaml and conf/task/recall.yaml use it.
 RECALL_STATEMENT = "The code of {key} is {value}."
-RECALL_QUESTION = "What is the code of {key}?"
+RECALL_QUESTION = "Recall the code of {key}"
 
+# An answer follows the question's last word, without a mark in between: with the key as that word, two layers learn
+# recall in minutes (an induction head: find what came after this word before), where a mark costs them hours.
 CHAT_TEMPLATE = (
     "<bos>{% for message in messages %}"
-    "{% if message['role'] == 'assistant' %}<assistant> {{ message['content'] }} <end>"
+    "{% if message['role'] == 'assistant' %}{{ message['content'] }} <end>"
     "{% else %}<user> {{ message['content'] }} {% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 
 
@@ -59,7 +60,7 @@ def build_tokenizer(extra_words: Iterable[str] = ()) -> PreTrainedTokenizerFast:
         eos_token="<end>",
         pad_token="<pad>",
         unk_token="<unk>",
-        additional_special_tokens=["<user>", "<assistant>"],
+        additional_special_tokens=["<user>"],
         clean_up_tokenization_spaces=False,
     )
     fast.chat_template = CHAT_TEMPLATE
