@@ -25,7 +25,7 @@ SMALL = [
     "trainer.progress=false",
     "data=demo_recall",
     "task=[recall]",
-    "data.length=256",
+    "data.length=320",
     "attention.sink_size=4",
     "attention.lag_size=32",
     "recipe.steps=4",
@@ -77,7 +77,7 @@ def test_train_then_evaluate_the_saved_model(command: Command) -> None:
     assert record.config["recipe"]["compressions"] == [2, 4, 8] and record.config["attention"]["lag_size"] == 32
     facts = record.training
     assert facts is not None
-    assert facts["steps"] == 4 and facts["tokens"] == 4 * 2 * 256 and facts["step_ms_median"] > 0
+    assert facts["steps"] == 4 and facts["tokens"] == 4 * 2 * 320 and facts["step_ms_median"] > 0
     assert facts["peak_memory_bytes"] > 0 and facts["parameters"]["trained"] == facts["parameters"]["total"]
     assert set(record.metrics) >= {"exact/recall/floor", "exact/recall/full", "exact/recall/4x", "nll/recall/4x"}
 
@@ -95,7 +95,7 @@ def test_train_then_evaluate_the_saved_model(command: Command) -> None:
         "task=[recall]",
         "evaluation.tasks.recall.limit=3",
         "evaluation.compressions=[1,4]",
-        "evaluation.length=256",
+        "evaluation.length=320",
         "evaluation.attention.sink_size=4",
         "evaluation.attention.lag_size=32",
         "run.study=first",
