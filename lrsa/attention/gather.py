@@ -39,12 +39,13 @@ class _SpanAttention(torch.autograd.Function):
     def forward(ctx, query, key, value, key_buffer, value_buffer, geometry, scale):
         ctx.geometry, ctx.scale = geometry, scale
         out = torch.empty_like(query)
+        bias = _Bias(query, key, geometry)
         sums = []  # log-sum-exp of each span's logits, where the kernel hands it out: T numbers a head in all
         for span, kept, raw_start in _spans(geometry, query.shape[2]):
             rows = slice(span.start, span.stop)
             k = _keys(key, key_buffer, kept, raw_start, span)
             v = _keys(value, value_buffer, kept, raw_start, span)
-            stacked, log_sum = _forward(_stack(query[:, :, rows], k), k, v, _bias(query, k, span), scale)
+            stacked, log_sum = _forward(_stack(query[:, :, rows], k), k, v, bias(span, k.shape[2]), scale)
             out[:, :, rows] = _unstack(stacked, span)
             sums.append(log_sum)
         ctx.log_sums = sums
@@ -56,6 +57,7 @@ class _SpanAttention(torch.autograd.Function):
     def backward(ctx, grad_out):
         query, key, value, key_buffer, value_buffer, out = ctx.saved_tensors
         sources = key, value, key_buffer, value_buffer
+        bias = _Bias(query, key, ctx.geometry)
         grad_query = torch.empty_like(query)
         # Spans add up in float32: in bfloat16 a key seen by many spans would lose its later contributions.
         grads = [torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in sources]
@@ -65,7 +67,7 @@ class _SpanAttention(torch.autograd.Function):
             k = _keys(key, key_buffer, kept, raw_start, span)
             v = _keys(value, value_buffer, kept, raw_start, span)
             grad, q, o = (_stack(x[:, :, rows], k) for x in (grad_out, query, out))
-            grad_q, grad_k, grad_v = _backward(grad, q, o, k, v, _bias(query, k, span), log_sum, ctx.scale)
+            grad_q, grad_k, grad_v = _backward(grad, q, o, k, v, bias(span, k.shape[2]), log_sum, ctx.scale)
             grad_query[:, :, rows] = _unstack(grad_q, span)
             for buffer, raw, grad in ((grad_key_buffer, grad_key, grad_k), (grad_value_buffer, grad_value, grad_v)):
                 buffer[:, :, :kept] += grad[:, :, :kept]
@@ -94,12 +96,27 @@ def _unstack(x: Tensor, span: Span) -> Tensor:
     return x.unflatten(2, (-1, span.stop - span.start)).flatten(1, 2)
 
 
-def _bias(query: Tensor, key: Tensor, span: Span) -> Tensor:
-    """``[G * R, N]``: -inf above the diagonal of the last R keys."""
-    rows, keys = span.stop - span.start, key.shape[2]
-    bias = query.new_zeros((rows, keys))
-    bias[:, keys - rows :] = query.new_full((rows, rows), -torch.inf).triu_(1)
-    return bias.repeat(query.shape[1] // key.shape[1], 1)
+class _Bias:
+    """``[G * R, N]`` for a span of R queries and N keys: -inf above the diagonal of the last R keys.
+
+    Made once for each R, as wide as the widest span, and cut from the left: filling one for every span is a tenth of the
+    forward pass.
+    """
+
+    def __init__(self, query: Tensor, key: Tensor, geometry: Geometry) -> None:
+        self._like, self._groups = query, query.shape[1] // key.shape[1]
+        spans = _spans(geometry, query.shape[2])
+        self._widest = max((kept + span.stop - raw_start for span, kept, raw_start in spans), default=0)
+        self._made: dict[int, Tensor] = {}
+
+    def __call__(self, span: Span, keys: int) -> Tensor:
+        rows = span.stop - span.start
+        if rows not in self._made:
+            bias = self._like.new_zeros((rows, self._widest))
+            bias[:, self._widest - rows :] = self._like.new_full((rows, rows), -torch.inf).triu_(1)
+            self._made[rows] = bias.repeat(self._groups, 1)
+        bias = self._made[rows][:, self._widest - keys :]
+        return bias if bias.device.type == "cpu" else bias.contiguous()  # CUDA kernels want aligned rows
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor | None]:
