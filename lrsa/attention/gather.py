@@ -99,8 +99,8 @@ def _unstack(x: Tensor, span: Span) -> Tensor:
 class _Bias:
     """``[G * R, N]`` for a span of R queries and N keys: -inf above the diagonal of the last R keys.
 
-    Made once for each R, as wide as the widest span, and cut from the left: filling one for every span is a tenth of
-    the forward pass.
+    Made once for each R, as wide as the widest span, and cut from the left: filling one anew for every span would show
+    in the time of the forward pass.
     """
 
     def __init__(self, query: Tensor, key: Tensor, geometry: Geometry) -> None:

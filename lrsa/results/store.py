@@ -77,6 +77,10 @@ def compression_order(compression: float | None) -> float:
     return 0.0 if compression is None or compression != compression else float(compression)
 
 
+# The columns that both frames begin with: what the run is, and which cell.
+_LEADING = ["record", "command", "study", "arm", "seed", "column", "task", "compression"]
+
+
 def cells_frame(records: Sequence[Record]) -> pd.DataFrame:
     """A row a cell: what the run is (record, command, study, arm, seed), `column` (`floor`, `full`, `4x`), and the
     cell's fields.
@@ -87,14 +91,7 @@ def cells_frame(records: Sequence[Record]) -> pd.DataFrame:
         for cell in record.cells
     ]
     columns = [
-        "record",
-        "command",
-        "study",
-        "arm",
-        "seed",
-        "column",
-        "task",
-        "compression",
+        *_LEADING,
         "measured_ratio",
         "n",
         "exact",
@@ -117,14 +114,7 @@ def outcomes_frame(records: Sequence[Record]) -> pd.DataFrame:
         for row in record.outcomes()
     ]
     columns = [
-        "record",
-        "command",
-        "study",
-        "arm",
-        "seed",
-        "column",
-        "task",
-        "compression",
+        *_LEADING,
         "id",
         "exact",
         "nll",
