@@ -13,11 +13,20 @@ from typing import Any, Literal
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Cache,
+    DynamicCache,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from lrsa.attention import BACKENDS, SparseAttentionConfig, checkpoint_contexts
 from lrsa.attention.documents import find_documents
-from lrsa.attention.huggingface import NAME
+from lrsa.attention.huggingface import NAME, check_architecture
+from lrsa.cache import SparseKVCache
 from lrsa.config import ModelConf
 
 ASSETS = Path(__file__).resolve().parent / "assets"
@@ -88,6 +97,16 @@ def load_tokenizer(
     return tokenizer
 
 
+def make_cache(model: nn.Module, max_tokens: int | None = None) -> Cache:
+    """A cache for the model's attention: a `SparseKVCache`, or transformers' dynamic one for a dense model.
+
+    ``max_tokens``: most tokens a row will hold; a sparse cache then never has to grow.
+    """
+    attention = get_attention(model)
+    config = _base(model).config
+    return DynamicCache(config=config) if attention is None else SparseKVCache(attention, config, max_tokens)
+
+
 def build_model(conf: ModelConf, attention: SparseAttentionConfig | None) -> PreTrainedModel:
     """`load_model` from the `model` config group. LoRA adapters are the training's affair."""
     return load_model(
@@ -133,11 +152,7 @@ def set_attention(model: nn.Module, attention: SparseAttentionConfig | None, *, 
         wanted = "sdpa"
     else:
         attention.resolved(config.num_hidden_layers)
-        special = sorted(set(getattr(config, "layer_types", None) or []) - {"full_attention"})
-        if special:
-            raise ValueError(
-                f"{type(base).__name__} has {', '.join(special)} layers: sparse attention replaces full ones"
-            )
+        _check_architecture(base)
         wanted = NAME
     if config._attn_implementation != wanted:
         base.set_attn_implementation(wanted)
@@ -157,6 +172,19 @@ def set_attention(model: nn.Module, attention: SparseAttentionConfig | None, *, 
         for module in base.modules():
             if hasattr(module, "layer_idx"):
                 module.lrsa_backend = backend
+
+
+def _check_architecture(model: Any) -> None:
+    """Raise ValueError where sparse attention would compute something else than the model's own."""
+    config, name = model.config, type(model).__name__
+    check_architecture(config)
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    special = sorted(kinds - {"full_attention", "sliding_attention"})
+    if special or "full_attention" not in kinds:
+        raise ValueError(
+            f"{name} has {', '.join(special) or 'sliding_attention'} layers{'' if special else ' alone'}: sparse "
+            "attention replaces full ones, and leaves sliding-window ones beside them as they are"
+        )
 
 
 def get_attention(model: nn.Module) -> SparseAttentionConfig | None:

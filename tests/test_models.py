@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lrsa import models
-from lrsa.attention import SparseAttentionConfig
+from lrsa.attention import SparseAttentionConfig, huggingface
 from lrsa.config import ModelConf
 from lrsa.models import build_model, get_attention, load_model, load_tokenizer, set_attention, target_logits
 
@@ -202,9 +202,12 @@ def test_flex_on_the_cpu_says_why():
         logits(model, tokens(1, 90))
 
 
-def test_a_model_that_would_silently_stay_dense_is_refused():
+def test_an_architecture_that_was_never_compared_is_refused(monkeypatch):
     config = {"model_type": "falcon", "vocab_size": 61, "hidden_size": 32, "num_attention_heads": 4,
               "num_hidden_layers": 2, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+    with pytest.raises(ValueError, match=r"model_type='falcon' is not among .*llama, mistral"):
+        load_model("fresh", CONFIG, config=config)
+    monkeypatch.setattr(huggingface, "ARCHITECTURES", ("falcon",))  # it would silently stay dense
     with pytest.raises(ValueError, match=r"FalconForCausalLM cannot take another attention"):
         load_model("fresh", CONFIG, config=config)
     assert get_attention(load_model("fresh", None, config=config)) is None

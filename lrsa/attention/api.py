@@ -73,15 +73,14 @@ def sparse_attention(
         tokens = query.shape[2]
         partitions = 0 if layer is None else config.geometry.selected_partitions(tokens)
         if partitions == 0:
-            return _dense(query, key, value, scale)
+            return attend_dense(query, key, value, scale)
         if kept is None:
             index = select(key, value, config, partitions, query=query, layer_idx=layer_idx, scale=scale)
         else:
             index = kept_index(kept, config.geometry, partitions)
         # After the selection, so that every backend ranks the same keys.
         query, key, value = (_autocast(x) for x in (query, key, value))
-        run = flex.attend if backend == "flex" else gather.attend
-        return run(query, key, value, index, config.geometry, scale)
+        return attend_selected(query, key, value, index, config.geometry, scale, backend)
 
     if document_ids is None:
         return attend(query, key, value, kept)
@@ -171,7 +170,22 @@ def _autocast(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(device))
 
 
-def _dense(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+def attend_selected(
+    query: Tensor, key: Tensor, value: Tensor, index: Tensor, geometry: Geometry, scale: float, backend: str
+) -> Tensor:
+    """The parallel form for rows of one document each and a selection ``index [B, H, P * K]``; ``backend`` as chosen.
+
+    With ``reference`` the mask form, by which the others are judged.
+    """
+    if backend == "reference":
+        kept = kept_mask(index, key.shape[2], geometry, geometry.selected_partitions(key.shape[2]))
+        return reference.attend(query, key, value, reference.visible(kept, geometry, None), scale)
+    run = flex.attend if backend == "flex" else gather.attend
+    return run(query, key, value, index, geometry, scale)
+
+
+def attend_dense(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Causal attention over all keys, PyTorch's own."""
     return torch.nn.functional.scaled_dot_product_attention(
         query, key, value, is_causal=True, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
     )

@@ -39,7 +39,7 @@ class _SpanAttention(torch.autograd.Function):
     def forward(ctx, query, key, value, key_buffer, value_buffer, geometry, scale):
         ctx.geometry, ctx.scale = geometry, scale
         out = torch.empty_like(query)
-        bias = _Bias(query, key, geometry)
+        bias = _Bias(query, key, _spans(geometry, query.shape[2]))
         sums = []  # log-sum-exp of each span's logits, where the kernel hands it out: T numbers a head in all
         for span, kept, raw_start in _spans(geometry, query.shape[2]):
             rows = slice(span.start, span.stop)
@@ -57,7 +57,7 @@ class _SpanAttention(torch.autograd.Function):
     def backward(ctx, grad_out):
         query, key, value, key_buffer, value_buffer, out = ctx.saved_tensors
         sources = key, value, key_buffer, value_buffer
-        bias = _Bias(query, key, ctx.geometry)
+        bias = _Bias(query, key, _spans(ctx.geometry, query.shape[2]))
         grad_query = torch.empty_like(query)
         # Spans add up in float32: in bfloat16 a key seen by many spans would lose its later contributions.
         grads = [torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in sources]
@@ -75,9 +75,43 @@ class _SpanAttention(torch.autograd.Function):
         return grad_query, *(g.to(x.dtype) for g, x in zip(grads, sources, strict=True)), None, None
 
 
-def _spans(geometry: Geometry, tokens: int) -> Iterator[tuple[Span, int, int]]:
+def attend_block(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_buffer: Tensor,
+    value_buffer: Tensor,
+    geometry: Geometry,
+    first: int,
+    origin: int,
+    scale: float,
+) -> Tensor:
+    """The same for a block that continues a cache; forward alone.
+
+    Args:
+        query: ``[B, Hq, T, D]``, of positions ``first`` to ``first + T``.
+        key, value: ``[B, H, R, D]``, raw, of positions ``origin`` to ``first + T``.
+        key_buffer, value_buffer: ``[B, H, S + nK, D]``, sinks and kept tokens of all partitions that a query sees so.
+
+    Returns:
+        ``[B, Hq, T, D]``.
+    """
+    out = torch.empty_like(query)
+    tokens = first + query.shape[2]
+    bias = _Bias(query, key, _spans(geometry, tokens, first))
+    for span, kept, raw_start in _spans(geometry, tokens, first):
+        rows = slice(span.start - first, span.stop - first)
+        raw = slice(raw_start - origin, span.stop - origin)
+        k = torch.cat([key_buffer[:, :, :kept], key[:, :, raw]], 2)
+        v = torch.cat([value_buffer[:, :, :kept], value[:, :, raw]], 2)
+        stacked, _ = _forward(_stack(query[:, :, rows], k), k, v, bias(span, k.shape[2]), scale)
+        out[:, :, rows] = _unstack(stacked, span)
+    return out
+
+
+def _spans(geometry: Geometry, tokens: int, start: int = 0) -> Iterator[tuple[Span, int, int]]:
     """Spans with the two ranges they see: buffer entries ``[0, kept)`` and raw keys from ``raw_start``."""
-    for span in geometry.spans(tokens, LONGEST_SPAN):
+    for span in geometry.spans(tokens, LONGEST_SPAN, start):
         n = span.partitions
         yield span, *((0, 0) if n == 0 else (geometry.buffer_size(n), geometry.raw_start(n)))
 
@@ -103,9 +137,8 @@ class _Bias:
     in the time of the forward pass.
     """
 
-    def __init__(self, query: Tensor, key: Tensor, geometry: Geometry) -> None:
+    def __init__(self, query: Tensor, key: Tensor, spans: Iterator[tuple[Span, int, int]]) -> None:
         self._like, self._groups = query, query.shape[1] // key.shape[1]
-        spans = _spans(geometry, query.shape[2])
         self._widest = max((kept + span.stop - raw_start for span, kept, raw_start in spans), default=0)
         self._made: dict[int, Tensor] = {}
 

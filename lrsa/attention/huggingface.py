@@ -14,15 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lrsa.attention.api import sparse_attention
 from lrsa.attention.config import SparseAttentionConfig
 from lrsa.attention.documents import PAD, LastResult, find_documents
 
 NAME = "lrsa"
+CACHE_HANDLE = "_lrsa_cache"  # attribute of the key tensor that `SparseKVCache.update` hands out
+# Those that the tests compare all forms on; another may rotate, scale or mask in a way that the cache does not know.
+ARCHITECTURES = ("gemma", "gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3")
 _UNSUPPORTED = {
-    "sliding_window": "sliding-window layers",
     "softcap": "logit soft-capping",
     "s_aux": "learned attention sinks",
     "position_bias": "an additive position bias",
@@ -42,12 +45,24 @@ def attention(
     """transformers' attention interface: ``[B, heads, T, D]`` in, ``([B, T, Hq, D], None)`` out.
 
     ``attention_mask`` is what `mask` returned: the tokenizer's ``[B, T]``, 0 at pads, or None. Packed documents are
-    told by ``document_ids`` among the keyword arguments, or by ``position_ids`` that start anew.
+    told by ``document_ids`` among the keyword arguments, or by ``position_ids`` that start anew. With a `SparseKVCache`
+    the keys are those of the newest block, and bring their cache along. A sliding-window layer, which never holds more
+    than its window, is attended as ever.
 
     Raises:
-        ValueError: something that sparse attention does not compute: a cache, a sliding window, dropout.
+        ValueError: something that sparse attention does not compute: another cache, dropout, soft-capping.
     """
+    if kwargs.get("sliding_window") is not None:
+        if "full_attention" not in (getattr(module.config, "layer_types", None) or ()):
+            raise ValueError(
+                f"{type(module).__name__} slides a window of {kwargs['sliding_window']} tokens in every layer, sparse "
+                "attention needs full ones: load the model with sliding_window=None in its config"
+            )
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+        )
     config = _layer_config(module)
+    cached = getattr(key, CACHE_HANDLE, None)
     if dropout:
         raise ValueError(f"attention_dropout={dropout}: the lrsa attention has no dropout; set it to 0 in the config")
     for name, what in _UNSUPPORTED.items():
@@ -56,7 +71,7 @@ def attention(
     if query.shape[2] != key.shape[2]:
         raise ValueError(
             f"{query.shape[2]} queries came with {key.shape[2]} keys: an ordinary cache, which keeps every token. "
-            "Score in one pass, or generate with use_cache=False"
+            "Pass past_key_values=lrsa.models.make_cache(model), a cache that compresses"
         )
     if attention_mask is not None and attention_mask.ndim != 2:
         raise ValueError(
@@ -65,25 +80,51 @@ def attention(
         )
     if torch.is_autocast_enabled(query.device.type):  # as PyTorch's attention does; RoPE hands out float32
         query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
+    layer_idx: int = module.layer_idx  # type: ignore[assignment]
+    backend = getattr(module, "lrsa_backend", "auto")
+    if cached is not None:
+        if kwargs.get("document_ids") is not None:
+            raise ValueError(
+                "document_ids with a cache: a row of a cache is one document; pass attention_mask for pads"
+            )
+        out = cached.attend(
+            query,
+            key,
+            value,
+            attention_mask=attention_mask,
+            position_ids=kwargs.get("position_ids"),
+            config=config,
+            scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+            backend=backend,
+        )
+        return out.transpose(1, 2).contiguous(), None
     told = kwargs.get("document_ids"), attention_mask, kwargs.get("position_ids")
     found = _FOUND.get(*told) or [_FOUND.put(_document_ids(*told, query), *told)]
     document_ids = found[0]
-    layer_idx: int = module.layer_idx  # type: ignore[assignment]
-    backend = getattr(module, "lrsa_backend", "auto")
     out = sparse_attention(
         query, key, value, config, layer_idx=layer_idx, document_ids=document_ids, scale=scaling, backend=backend
     )
     return out.transpose(1, 2).contiguous(), None
 
 
-def mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
-    """transformers' mask interface: hand on the ``[B, T]`` padding mask; each layer sees for itself what is visible."""
+def mask(
+    *args: Any, attention_mask: Tensor | None = None, local_size: int | None = None, **kwargs: Any
+) -> Tensor | None:
+    """transformers' mask interface: hand on the ``[B, T]`` padding mask; each layer sees for itself what is visible.
+
+    For sliding-window layers (``local_size``) the mask that they have always had.
+    """
+    if local_size is not None:
+        return ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](
+            *args, attention_mask=attention_mask, local_size=local_size, **kwargs
+        )
     return attention_mask
 
 
 def _layer_config(module: nn.Module) -> SparseAttentionConfig:
     """The layer's config, with ``dense_layers`` resolved against the model's depth."""
     model_config: Any = module.config
+    check_architecture(model_config)
     stored = getattr(model_config, NAME, None)
     if stored is None:
         raise ValueError(
@@ -91,6 +132,16 @@ def _layer_config(module: nn.Module) -> SparseAttentionConfig:
             "lrsa.models.load_model(name, attention=SparseAttentionConfig(...)) or call set_attention(model, ...)"
         )
     return _parse(json.dumps(stored, sort_keys=True), model_config.num_hidden_layers)
+
+
+def check_architecture(model_config: Any) -> None:
+    """Raise ValueError for a model whose kind sparse attention was never compared on."""
+    if model_config.model_type not in ARCHITECTURES:
+        raise ValueError(
+            f"model_type={model_config.model_type!r} is not among the architectures that sparse attention is tested "
+            f"with: {', '.join(ARCHITECTURES)}. Adding one is a word in lrsa.attention.huggingface.ARCHITECTURES and a "
+            "line in tests/architectures.py, which compares all forms on it"
+        )
 
 
 @functools.lru_cache(maxsize=64)

@@ -11,6 +11,7 @@ Everything here depends on the config and a position alone, never on how tokens 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -57,20 +58,35 @@ class Geometry:
         return self.sink + partitions * self.kept
 
     def slots(self, tokens: int) -> int:
-        """Keys a head holds after ``tokens`` tokens: S + nK + (t - S - nL)."""
-        n = self.compressed(tokens)
+        """Keys a head holds after ``tokens`` tokens, all that is due compressed: S + nK + (t - S - nL)."""
+        return self._slots(tokens, self.compressed(tokens))
+
+    def held_partitions(self, tokens: int) -> int:
+        """n(c(t)): partitions that the next query, at position ``tokens``, finds compressed."""
+        return self.compressed(self.chunk_start(tokens))
+
+    def held(self, tokens: int) -> int:
+        """Keys that a cache must hold after ``tokens`` tokens: `slots` where C = L; where not, a chunk under way still
+        sees what it began with, so what came due inside it waits for its end."""
+        return self._slots(tokens, self.held_partitions(tokens))
+
+    def _slots(self, tokens: int, n: int) -> int:
         return tokens if n == 0 else self.buffer_size(n) + tokens - self.raw_start(n)
+
+    @property
+    def ring(self) -> int:
+        """Most raw tokens after the sinks that are held at once: up to L + (L - gcd) old ones and a chunk."""
+        return 2 * self.lag - math.gcd(self.chunk, self.lag) + self.chunk
 
     def selected_partitions(self, tokens: int) -> int:
         """Partitions whose selection some query among the first ``tokens`` positions uses."""
         return self.compressed(self.chunk_start(tokens - 1)) if tokens > 0 else 0
 
-    def spans(self, tokens: int, longest: int) -> Iterator[Span]:
-        """Cut ``[0, tokens)`` into spans of one compressed past, at most ``longest`` queries each.
+    def spans(self, tokens: int, longest: int, start: int = 0) -> Iterator[Span]:
+        """Cut ``[start, tokens)`` into spans of one compressed past, at most ``longest`` queries each.
 
         Chunks that see the same partitions (C < L) share a span, so that a small chunk costs nothing.
         """
-        start = 0
         while start < tokens:
             n = self.compressed(self.chunk_start(start))
             stop = self._past_changes(start, n)

@@ -26,11 +26,14 @@ def select(
     query: Tensor | None = None,
     layer_idx: int = 0,
     scale: float | None = None,
+    first: int = 0,
+    origin: int = 0,
 ) -> Tensor:
-    """Positions kept of the first ``partitions`` partitions, ``[B, H, P * K]`` int64, ascending. Carries no gradient.
+    """Positions kept of ``partitions`` partitions, ``[B, H, P * K]`` int64, ascending. Carries no gradient.
 
     ``key``, ``value`` ``[B, H, T, D]``; ``query`` ``[B, Hq, T, D]`` for scorers that read queries. T must reach the
-    end of the last partition's lag.
+    end of the last partition's lag. ``first``: the first of the partitions; ``origin``: the position of the tensors'
+    first token. A cache, which no longer has the tokens before, sets both.
     """
     geometry = config.geometry
     if partitions == 0 or geometry.kept == 0:
@@ -39,27 +42,45 @@ def select(
         raise ValueError(f"scorer {config.scorer!r} reads queries: pass query=[B, Hq, T, D]")
     scale = key.shape[-1] ** -0.5 if scale is None else scale
     query = None if query is None else query.detach()
-    return torch.ops.lrsa.select(key.detach(), value.detach(), query, config.to_json(), partitions, layer_idx, scale)
+    where = partitions, first, origin
+    return torch.ops.lrsa.select(key.detach(), value.detach(), query, config.to_json(), *where, layer_idx, scale)
 
 
 def _select(
-    key: Tensor, value: Tensor, query: Tensor | None, config: str, partitions: int, layer_idx: int, scale: float
+    key: Tensor,
+    value: Tensor,
+    query: Tensor | None,
+    config: str,
+    partitions: int,
+    first: int,
+    origin: int,
+    layer_idx: int,
+    scale: float,
 ) -> Tensor:
     parsed = _parse(config)
     geometry, scorer = parsed.geometry, parsed.build_scorer()
     query = query if scorer.reads_query else None
-    score = _compiled() if key.is_cuda else _score
+    # From a cache come a few tokens at ever other positions: not worth compiling for.
+    score = _compiled() if key.is_cuda and not first and not origin else _score
     with torch.autocast(key.device.type, enabled=False):  # scores are float32 whatever the model computes in
-        scores = score(scorer, key, value, query, geometry, partitions, layer_idx, scale)
+        scores = score(scorer, key, value, query, geometry, partitions, first, origin, layer_idx, scale)
     # A stable sort puts the earlier position first where scores are equal, as the rule asks; topk promises no order.
     ranked = scores.sort(dim=-1, descending=True, stable=True).indices[..., : geometry.kept]
     kept = ranked.sort(dim=-1).values
-    starts = torch.arange(partitions, device=key.device) * geometry.lag + geometry.sink
+    starts = torch.arange(first, first + partitions, device=key.device) * geometry.lag + geometry.sink
     return (kept + starts[:, None]).flatten(-2)
 
 
 def _select_shape(
-    key: Tensor, value: Tensor, query: Tensor | None, config: str, partitions: int, layer_idx: int, scale: float
+    key: Tensor,
+    value: Tensor,
+    query: Tensor | None,
+    config: str,
+    partitions: int,
+    first: int,
+    origin: int,
+    layer_idx: int,
+    scale: float,
 ) -> Tensor:
     kept = _parse(config).geometry.kept
     return key.new_empty((*key.shape[:2], partitions * kept), dtype=torch.int64)
@@ -68,7 +89,8 @@ def _select_shape(
 # One operator, so that activation checkpointing can keep its result (`checkpoint_contexts`) and compilers leave it be.
 _LIBRARY = torch.library.Library("lrsa", "DEF")
 _LIBRARY.define(
-    "select(Tensor key, Tensor value, Tensor? query, str config, int partitions, int layer_idx, float scale) -> Tensor"
+    "select(Tensor key, Tensor value, Tensor? query, str config, int partitions, int first, int origin, int layer_idx, "
+    "float scale) -> Tensor"
 )
 _LIBRARY.impl("select", _select, "CompositeExplicitAutograd")
 torch.library.register_fake("lrsa::select", _select_shape, lib=_LIBRARY)
@@ -81,10 +103,12 @@ def _score(
     query: Tensor | None,
     geometry: Geometry,
     partitions: int,
+    first: int,
+    origin: int,
     layer_idx: int,
     scale: float,
 ) -> Tensor:
-    return scorer(partition(key, value, query, geometry, partitions, layer_idx, scale))
+    return scorer(partition(key, value, query, geometry, partitions, layer_idx, scale, first, origin))
 
 
 @functools.cache
@@ -100,17 +124,25 @@ def _parse(config: str) -> SparseAttentionConfig:
 
 
 def partition(
-    key: Tensor, value: Tensor, query: Tensor | None, geometry: Geometry, partitions: int, layer_idx: int, scale: float
+    key: Tensor,
+    value: Tensor,
+    query: Tensor | None,
+    geometry: Geometry,
+    partitions: int,
+    layer_idx: int,
+    scale: float,
+    first: int = 0,
+    origin: int = 0,
 ) -> Partitions:
     """Cut ``[B, H, T, D]`` keys and values into partitions and their lags; views, nothing is copied."""
-    sink, lag = geometry.sink, geometry.lag
+    lag, begin = geometry.lag, geometry.sink + first * geometry.lag
 
-    def cut(x: Tensor, first: int) -> Tensor:
-        start = sink + first * lag
+    def cut(x: Tensor, ahead: int) -> Tensor:
+        start = begin - origin + ahead * lag
         return x[..., start : start + partitions * lag, :].unflatten(-2, (partitions, lag))
 
     grouped = None if query is None else query.unflatten(1, (key.shape[1], -1))
-    positions = torch.arange(partitions * lag, device=key.device).view(partitions, lag) + sink
+    positions = torch.arange(partitions * lag, device=key.device).view(partitions, lag) + begin
     return Partitions(
         key=cut(key, 0),
         value=cut(value, 0),

@@ -8,30 +8,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from lrsa.attention import SparseAttentionConfig, huggingface
 from lrsa.models import enable_gradient_checkpointing, load_model, set_attention
+from tests import architectures
+from tests.architectures import FAMILIES, SMALL, tokens
 
-SMALL = {
-    "vocab_size": 61, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 6,
-    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512, "pad_token_id": 0, "bos_token_id": 1,
-    "eos_token_id": 2, "initializer_range": 0.3,
-}  # fmt: skip
-FAMILIES = {
-    "llama": {},
-    "qwen2": {},
-    "qwen3": {},
-    "mistral": {"sliding_window": None},
-    "phi3": {},
-}
 CONFIG = SparseAttentionConfig(sink_size=3, lag_size=8, top_k=3)
 NEAR = {"rtol": 1e-3, "atol": 1e-4}
 
 
 def model_of(family: str = "llama", attention=CONFIG, **options):
-    torch.manual_seed(0)
-    return load_model("fresh", attention, config={"model_type": family, **SMALL, **FAMILIES[family]}, **options).eval()
-
-
-def tokens(batch: int, length: int, seed: int = 0):
-    return torch.randint(3, 61, (batch, length), generator=torch.Generator().manual_seed(seed))
+    return architectures.model_of(family, attention, **options)
 
 
 def logits(model, input_ids, **kwargs):
@@ -220,7 +205,7 @@ def test_decoding_over_an_ordinary_cache_is_refused():
     model, ids = model_of(), tokens(1, 40)
     with torch.no_grad():
         cache = model(input_ids=ids, use_cache=True).past_key_values
-        with pytest.raises(ValueError, match=r"1 queries came with 41 keys.*ordinary cache.*use_cache=False"):
+        with pytest.raises(ValueError, match=r"1 queries came with 41 keys.*ordinary cache.*make_cache"):
             model(input_ids=ids[:, :1], past_key_values=cache)
         with pytest.raises(ValueError, match="an ordinary cache"):
             model.generate(ids, max_new_tokens=3, attention_mask=torch.ones_like(ids))
@@ -230,7 +215,7 @@ def test_decoding_over_an_ordinary_cache_is_refused():
                 model(input_ids=part, past_key_values=cache)
 
 
-def test_a_sliding_window_is_refused():
+def test_a_sliding_window_in_every_layer_is_refused():
     torch.manual_seed(0)
     mistral = {"model_type": "mistral", **SMALL, "sliding_window": 16}
     with pytest.raises(ValueError, match=r"MistralForCausalLM slides a window of 16 tokens.*sliding_window=None"):
@@ -238,11 +223,18 @@ def test_a_sliding_window_is_refused():
     model = load_model("fresh", None, config=mistral)
     model.config.lrsa = CONFIG.to_dict()  # as AutoModel with attn_implementation="lrsa" would have it
     model.set_attn_implementation("lrsa")
-    with pytest.raises(ValueError, match=r"MistralAttention asks for sliding-window layers \(sliding_window\)"):
+    with pytest.raises(ValueError, match=r"MistralAttention slides a window of 16 tokens in every layer"):
         logits(model, tokens(1, 40))
     config = {"model_type": "qwen2", **SMALL, "use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}
-    with pytest.raises(ValueError, match=r"Qwen2ForCausalLM has sliding_attention layers"):
-        load_model("fresh", CONFIG, config=config)
+    mixed = load_model("fresh", CONFIG, config=config, backend="gather").eval()  # sliding layers beside full ones stay
+    ids = tokens(1, 60)
+    found = logits(mixed, ids)
+    set_attention(mixed, CONFIG, backend="reference")
+    torch.testing.assert_close(found, logits(mixed, ids), **NEAR)
+    set_attention(mixed, SparseAttentionConfig(sink_size=3, lag_size=8, top_k=8))
+    everything = logits(mixed, ids)
+    set_attention(mixed, None)
+    torch.testing.assert_close(everything, logits(mixed, ids), **NEAR)
 
 
 def test_dropout_is_refused_in_training_and_absent_in_evaluation():
