@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -184,7 +185,12 @@ def _check_positions(document_ids: Tensor, position_ids: Tensor) -> None:
             )
 
 
+def register(name: str, attention: Callable[..., Any], mask: Callable[..., Any]) -> None:
+    """Make ``attn_implementation=name`` known to transformers: an attention function and its mask function."""
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, mask)
+
+
 _FOUND: LastResult[Tensor | None] = LastResult()  # looking into a tensor on the GPU waits for it: once a forward pass
 
-AttentionInterface.register(NAME, attention)
-AttentionMaskInterface.register(NAME, mask)
+register(NAME, attention, mask)
