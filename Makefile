@@ -17,6 +17,12 @@ DEMO_TABLE = lrsa-table study=demo records=[$(DEMO_RUNS)] output=$(DEMO_RUNS)
 # -- make test
 PYTEST = $(BIN)/python -m pytest -n 2
 
+# -- make test-matrix
+OLD_TRANSFORMERS := 5.2.0
+OLD_VENV := .venv-transformers-$(OLD_TRANSFORMERS)
+OLD_UNPINNED := transformers|tokenizers|huggingface[_-]hub|hf-xet
+MATRIX_TESTS ?= tests/cache tests/attention/test_huggingface.py tests/test_models.py tests/evaluation tests/training
+
 # -- make bundle
 PYTHON_VERSION ?= 3.12
 PLATFORM ?= manylinux_2_28_x86_64
@@ -27,12 +33,13 @@ DATA ?=
 EXTRAS ?=
 SPLIT_MB ?=
 
-.PHONY: help venv demo test test-slow check format model bundle clean
+.PHONY: help venv demo test test-slow test-matrix check format model bundle clean
 
 help:
 	@echo 'make demo        post-train a small model with and without LRSA, print the table (CPU, no network needed once installed)'
 	@echo 'make test        tests, without the slow ones'
 	@echo 'make test-slow   the slow tests alone'
+	@echo 'make test-matrix the tests of what touches transformers, on the oldest that is supported, in a second environment'
 	@echo 'make check       ruff, mypy, import order'
 	@echo 'make format      let ruff rewrite the sources'
 	@echo 'make model       SmolLM2-135M-Instruct into models/'
@@ -65,6 +72,20 @@ test: $(STAMP)
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
 
+# The oldest transformers that is supported, in an environment of its own; `make test` runs on the newest.
+test-matrix: $(OLD_VENV)/.installed
+	$(OLD_VENV)/bin/python -c 'import transformers; print("transformers", transformers.__version__)'
+	$(OLD_VENV)/bin/python -m pytest -n 2 -m 'not slow' $(MATRIX_TESTS)
+
+$(OLD_VENV)/.installed: pyproject.toml constraints.txt
+	@test -x $(OLD_VENV)/bin/python || $(PYTHON) -m venv $(OLD_VENV)
+	@grep -v -i -E '^($(OLD_UNPINNED))==' constraints.txt > $(OLD_VENV)/constraints.txt
+	@echo 'installing transformers $(OLD_TRANSFORMERS) and the rest into $(OLD_VENV) (some minutes)'
+	@$(OLD_VENV)/bin/python -m pip install -qq --disable-pip-version-check $(PIP_ARGS) -c $(OLD_VENV)/constraints.txt torch
+	@$(OLD_VENV)/bin/python -m pip install -qq --disable-pip-version-check $(PIP_ARGS) -c $(OLD_VENV)/constraints.txt \
+	  -e '.[dev]' 'transformers==$(OLD_TRANSFORMERS)'
+	@touch $@
+
 # All four run, whatever the first one says.
 check: $(STAMP)
 	@status=0; for step in 'ruff check .' 'ruff format --check .' 'mypy' 'python -m pytest -q tests/test_architecture.py'; do \
@@ -83,4 +104,4 @@ bundle: $(STAMP)
 	  $(if $(DATA),--data $(DATA)) $(if $(SPLIT_MB),--split-mb $(SPLIT_MB))
 
 clean:
-	rm -rf $(VENV) dist build .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(OLD_VENV) dist build .mypy_cache .pytest_cache .ruff_cache

@@ -18,6 +18,7 @@ from lrsa.attention.selection import check_kept, kept_index, kept_mask, select
 
 log = logging.getLogger(__name__)
 BACKENDS = ("auto", "reference", "gather", "flex")
+SHORT_PROMPT = 2048  # tokens; below, compiling FlexAttention takes longer than many passes through gather
 
 
 def sparse_attention(
@@ -139,8 +140,9 @@ def choose_backend(backend: str, query: Tensor, document_ids: Tensor | None = No
     if backend == "flex" and obstacle:
         raise ValueError(f"backend='flex' cannot run here: {obstacle}; use 'gather' or 'auto'")
     if backend == "auto":
-        # Each document length would be compiled anew, which costs more than it saves.
-        backend = "gather" if obstacle or document_ids is not None else "flex"
+        # Each document length would be compiled anew, which costs more than it saves; so would each short prompt.
+        short = not torch.is_grad_enabled() and query.shape[2] < SHORT_PROMPT
+        backend = "gather" if obstacle or document_ids is not None or short else "flex"
         log.debug("auto picked %s (%s)", backend, obstacle or "CUDA, one document a row")
     return backend
 

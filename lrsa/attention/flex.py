@@ -31,7 +31,10 @@ def obstacle(query: Tensor) -> str | None:
 def attend(query: Tensor, key: Tensor, value: Tensor, index: Tensor, geometry: Geometry, scale: float) -> Tensor:
     """``query [B, Hq, T, D]``, ``key``/``value`` ``[B, H, T, D]``, ``index [B, H, P * K]`` -> ``[B, Hq, T, D]``."""
     tokens = query.shape[2]
-    padded = -(-tokens // BLOCK) * BLOCK
+    padded = padded_length(tokens)
+    if not torch.is_grad_enabled():  # partitions that padded queries alone see: any entry will do
+        missing = geometry.selected_partitions(padded) * geometry.kept - index.shape[-1]
+        index = torch.nn.functional.pad(index, (0, missing))
     layout = _layout(geometry, padded, geometry.sink + index.shape[-1], query.device)
 
     # Padded outside of what is compiled, so that lengths of one number of blocks share a kernel.
@@ -39,6 +42,17 @@ def attend(query: Tensor, key: Tensor, value: Tensor, index: Tensor, geometry: G
     length = layout.raw_offset + padded
     out = _compiled()(query, key, value, index, layout.mask, geometry.sink, layout.raw_offset, length, scale)
     return out[:, :, :tokens]
+
+
+def padded_length(tokens: int) -> int:
+    """Queries that a kernel is compiled for: whole blocks; without gradients in steps of up to an eighth of the length.
+
+    Training sees one length, prompts come in all of them, and a kernel takes ten seconds to compile.
+    """
+    step = BLOCK
+    if not torch.is_grad_enabled():
+        step = max(BLOCK, (1 << tokens.bit_length()) // 16)
+    return -(-tokens // step) * step
 
 
 def _fused(

@@ -108,7 +108,7 @@ class SparseLayer(CacheLayerMixin):
         self.reserve(query, key, step.before, step.after)
         if step.single:
             filled = max(region_size(self.geometry, t + 1) for t in step.before)
-            slots = step.slots(self.geometry, key.device, self.ring + max(filled, 1))
+            slots = step.slots(self.geometry, key.device, self.ring + filled)
             out = self.decode(slots, query, key, value, scale)
             self.compress_due(step, scale)
             return out

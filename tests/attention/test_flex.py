@@ -191,6 +191,26 @@ def test_the_form_equals_the_mask_form_eagerly(shape, geometry, uncompiled):
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("tokens", [250, 1000, 1100])
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_prompts_of_similar_length_share_a_kernel(tokens, uncompiled):
+    config = SparseAttentionConfig(sink_size=5, lag_size=20, top_k=6)
+    query, key, value = random_inputs(1, 4, 2, tokens, 16)
+    index = select(key, value, config, config.geometry.selected_partitions(tokens), query=query)
+    with torch.no_grad():
+        out = flex.attend(query, key, value, index, config.geometry, 0.2)
+    expected = sparse_attention(query, key, value, config, scale=0.2, backend="reference")
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_padded_lengths():
+    with torch.no_grad():
+        found = {tokens: flex.padded_length(tokens) for tokens in (1, 128, 129, 1000, 4096, 4097, 32_768, 100_000)}
+        assert len({flex.padded_length(tokens) for tokens in range(1, 131_073, 7)}) < 70
+    assert found == {1: 128, 128: 128, 129: 256, 1000: 1024, 4096: 4096, 4097: 4608, 32_768: 32_768, 100_000: 106_496}
+    assert flex.padded_length(4097) == 4224
+
+
 @pytest.mark.parametrize(
     ("query", "reason"),
     [
