@@ -60,8 +60,9 @@ def _select(
     parsed = _parse(config)
     geometry, scorer = parsed.geometry, parsed.build_scorer()
     query = query if scorer.reads_query else None
-    # From a cache come a few tokens at ever other positions: not worth compiling for.
-    score = _compiled() if key.is_cuda and not first and not origin else _score
+    # Only to train, whose steps are all alike. Without gradients one and the same function ranks a prompt whole, in blocks
+    # and token by token: compiled code rounds otherwise, and a near tie would fall otherwise.
+    score = _compiled() if key.is_cuda and torch.is_grad_enabled() else _score
     with torch.autocast(key.device.type, enabled=False):  # scores are float32 whatever the model computes in
         scores = score(scorer, key, value, query, geometry, partitions, first, origin, layer_idx, scale)
     # A stable sort puts the earlier position first where scores are equal, as the rule asks; topk promises no order.
