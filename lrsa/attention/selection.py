@@ -60,7 +60,7 @@ def _select(
     parsed = _parse(config)
     geometry, scorer = parsed.geometry, parsed.build_scorer()
     query = query if scorer.reads_query else None
-    # Only to train, whose steps are all alike. Without gradients one and the same function ranks a prompt whole, in blocks
+    # Only to train, whose steps are all alike. Without gradients the same function ranks a prompt whole, in blocks
     # and token by token: compiled code rounds otherwise, and a near tie would fall otherwise.
     score = _compiled() if key.is_cuda and torch.is_grad_enabled() else _score
     with torch.autocast(key.device.type, enabled=False):  # scores are float32 whatever the model computes in
