@@ -335,6 +335,17 @@ class SparseKVCache(Cache):
         self._real = history if self._real.shape[0] else self._real
         self.lengths, self.columns, self._verify = lengths, self.columns - remove, True
 
+    def activate_past_recording(self) -> None:
+        """transformers asks before assisted decoding, which takes rejected tokens back wherever they are.
+
+        Raises:
+            ValueError: always; a rejected token may have let a partition be compressed.
+        """
+        raise ValueError(
+            "assisted decoding takes tokens back after they were read, which a compressed cache cannot: leave "
+            "assistant_model and prompt_lookup_num_tokens out"
+        )
+
     @property
     def _compresses(self) -> bool:
         return any(layer.config is not None for layer in self._sparse)
