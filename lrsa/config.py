@@ -141,6 +141,31 @@ class EvaluationConf:
 
 
 @dataclass
+class GenerateConf:
+    """`generate`, of `lrsa-eval mode=generate`: greedy answers to the prompts of `evaluation`."""
+
+    max_new_tokens: int | None = None  # None: what the task's longest reference takes, and 16 more
+    block_size: int | None = None  # tokens of a prompt read at once, to bound memory; None: all
+
+
+@dataclass
+class LMEvalConf:
+    """`lm_eval`, of `lrsa-eval mode=lm_eval`: lm-eval's tasks under `evaluation`'s attention and compressions."""
+
+    tasks: list[str] = field(default_factory=list)  # names of lm-eval's, or of `include_path`
+    include_path: str | None = None  # folder of one's own task YAMLs
+    apply_chat_template: bool = False
+    system_instruction: str | None = None
+    num_fewshot: int | None = None  # None: the task's own
+    fewshot_as_multiturn: bool = False
+    limit: int | None = None  # first examples of a task; for trying things out
+    max_length: int | None = None  # tokens of prompt and answer, longer ones lose their beginning; None: the model's
+    gen_kwargs: Any = None  # mapping, over the task's own generation_kwargs; Any as TableConf.names
+    metadata: Any = None  # mapping, for tasks that ask for one: {max_seq_lengths: [4096]} for RULER
+    fewshot_seed: int = 1234  # lm-eval's default; all other seeds are run.seed
+
+
+@dataclass
 class RunConf:
     """What every command knows about its run."""
 
@@ -171,11 +196,14 @@ class TrainConf:
 class EvalConf:
     """`lrsa-eval`: evaluate a checkpoint over the grid."""
 
+    mode: str = "score"  # references in one pass; generate: answers; lm_eval: lm-eval's tasks
     run: RunConf = field(default_factory=RunConf)
     model: ModelConf = field(default_factory=ModelConf)
     logger: LoggerConf = field(default_factory=LoggerConf)
     trainer: TrainerConf = field(default_factory=TrainerConf)
     evaluation: EvaluationConf = field(default_factory=EvaluationConf)
+    generate: GenerateConf = field(default_factory=GenerateConf)
+    lm_eval: LMEvalConf = field(default_factory=LMEvalConf)
 
 
 @dataclass
@@ -190,7 +218,7 @@ class TableConf:
     reference: str | None = None  # arm that differences are to; default: the first
     tasks: list[str] = field(default_factory=list)
     names: Any = None  # {arm or task: as displayed}; Any, for Hydra refuses new keys of a typed mapping without a `+`
-    metric: str = "exact"  # or nll
+    metric: str = "exact"  # or nll; exact_match, f1 of generated answers
     formats: list[str] = field(default_factory=lambda: ["markdown", "latex", "csv"])
     figure: bool = True
     bootstrap: int = 10_000

@@ -1,21 +1,36 @@
-"""`lrsa-eval`: score a checkpoint over the grid of tasks and compressions."""
+"""`lrsa-eval`: evaluate a checkpoint over the grid of tasks and compressions.
+
+mode=score scores references in one pass each, mode=generate generates answers, mode=lm_eval runs lm-eval's tasks.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import gzip
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import hydra
 import torch
 from lightning import seed_everything
+from lightning.pytorch.loggers import WandbLogger
 from omegaconf import DictConfig, OmegaConf
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lrsa.config import EvalConf, config_dir, register_configs
-from lrsa.evaluation import evaluate, load_tasks
+from lrsa.evaluation import Task, evaluate, load_tasks
 from lrsa.models import build_model, build_tokenizer
 from lrsa.results import Record
+from lrsa.results.record import write_atomically
 from lrsa.tracking import finish, recorded, task_overrides
 from lrsa.training import resolve_device
 from lrsa.validation import bad_input_without_traceback, check_context_window, check_eval
+
+SAMPLES_FILE = "lm_eval_samples.jsonl.gz"
 
 register_configs()
 
@@ -32,7 +47,7 @@ def main(config: DictConfig) -> None:
 
 
 def run_evaluation(conf: EvalConf, overrides: Sequence[str] = ()) -> Record:
-    """Validate, record, score, in `conf.run.output_dir`; returns the finished record.
+    """Validate, record, evaluate, in `conf.run.output_dir`; returns the finished record.
 
     Raises:
         ConfigError: settings that cannot work, before anything is written.
@@ -44,21 +59,82 @@ def run_evaluation(conf: EvalConf, overrides: Sequence[str] = ()) -> Record:
     with recorded(conf, "lrsa-eval", conf.run.arm or conf.run.name, overrides) as (record, logger):
         seed_everything(conf.run.seed, verbose=False)
         tokenizer = build_tokenizer(conf.model)
-        tasks = load_tasks(tokenizer, conf.evaluation, conf.evaluation.length)
-        record.update(data=[fact for task in tasks for fact in task.facts()])
-        # Each cell applies its own attention; what the checkpoint was trained with plays no part here.
-        model = build_model(conf.model, None).to(resolve_device(conf.trainer))
-        check_context_window(model.config, conf.evaluation.length)
-        cells, outcomes = evaluate(
-            model,
-            tokenizer,
-            conf.evaluation,
-            conf.evaluation.length,
-            tasks=tasks,
-            progress=conf.trainer.progress,
-        )
-        finish(record, logger, cells, outcomes)
+        if conf.mode == "lm_eval":
+            _run_lm_eval(conf, tokenizer, record, logger)
+        else:
+            _run_grid(conf, tokenizer, record, logger)
     return record
+
+
+def _load_model(conf: EvalConf) -> PreTrainedModel:
+    # Each cell applies its own attention; what the checkpoint was trained with plays no part here.
+    return build_model(conf.model, None).to(resolve_device(conf.trainer))
+
+
+def _run_grid(conf: EvalConf, tokenizer: PreTrainedTokenizerBase, record: Record, logger: WandbLogger | None) -> None:
+    tasks = load_tasks(tokenizer, conf.evaluation, conf.evaluation.length)
+    record.update(data=[fact for task in tasks for fact in task.facts()])
+    if conf.mode == "generate":
+        record.update(protocol=generation_protocol(conf, tokenizer, tasks))
+    model = _load_model(conf)
+    check_context_window(model.config, conf.evaluation.length)
+    cells, outcomes = evaluate(
+        model,
+        tokenizer,
+        conf.evaluation,
+        conf.evaluation.length,
+        tasks=tasks,
+        generate=conf.generate if conf.mode == "generate" else None,
+        progress=conf.trainer.progress,
+    )
+    finish(record, logger, cells, outcomes)
+
+
+def generation_protocol(conf: EvalConf, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task]) -> dict[str, Any]:
+    """How answers are made, for the record; each cell says its `max_new_tokens`, each task's data its template."""
+    template = str(tokenizer.chat_template or "")
+    return {
+        "mode": "generate",
+        "decoding": "greedy",
+        "truncation": "none",  # a prompt that does not fit is an error
+        "padding": "left",
+        "chat_template": {"sha256": hashlib.sha256(template.encode()).hexdigest() if template else None},
+        "cache": {"full": "DynamicCache", "compressed": "SparseKVCache", "block_size": conf.generate.block_size},
+        "tasks": {
+            task.name: {
+                "prompt": conf.evaluation.tasks[task.name].prompt,
+                "stop_tokens": {str(index): text for index, text in task.stop_tokens(tokenizer).items()},
+            }
+            for task in tasks
+        },
+    }
+
+
+def _run_lm_eval(
+    conf: EvalConf, tokenizer: PreTrainedTokenizerBase, record: Record, logger: WandbLogger | None
+) -> None:
+    from lrsa.evaluation.lm_eval_run import run_lm_eval  # lm-eval takes seconds to import
+
+    model = _load_model(conf)
+    result = run_lm_eval(model, tokenizer, conf.lm_eval, conf.evaluation, conf.run.seed, conf.trainer.progress)
+    record.update(data=result.data, protocol=result.protocol)
+    lines = "".join(json.dumps(sample, ensure_ascii=False, default=str) + "\n" for sample in result.samples)
+    write_atomically(record.folder / SAMPLES_FILE, gzip.compress(lines.encode("utf-8"), mtime=0))
+    finish(record, logger, [], [], result.metrics)
+    Console().print(metrics_table(result.metrics))
+
+
+def metrics_table(metrics: Mapping[str, float]) -> Table:
+    """`<task>/<metric>/<compression>` with a row a task and metric, a column a compression."""
+    rows: dict[tuple[str, str], dict[str, float]] = {}
+    for name, value in metrics.items():
+        task, metric, column = name.rsplit("/", 2)
+        rows.setdefault((task, metric), {})[column] = value
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    table = Table("task", "metric", *columns, box=box.SIMPLE_HEAD)
+    for (task, metric), row in rows.items():
+        table.add_row(task, metric, *(f"{row[column]:.4g}" if column in row else "" for column in columns))
+    return table
 
 
 if __name__ == "__main__":

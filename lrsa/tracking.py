@@ -20,6 +20,7 @@ from lrsa.config import EvalConf, LoggerConf, RunConf, TrainConf
 from lrsa.results import Record, build_table, cells_frame, rows_for_logging
 from lrsa.results.figures import accuracy_figure
 from lrsa.results.formats import to_console
+from lrsa.results.tables import METRICS
 
 log = logging.getLogger(__name__)
 
@@ -87,13 +88,15 @@ def finish(
     logger: WandbLogger | None,
     cells: Sequence[Mapping[str, Any]],
     outcomes: Sequence[Any],
+    metrics: Mapping[str, Any] | None = None,
 ) -> None:
-    """Results into the record and W&B, and as a table on the terminal."""
-    metrics = summary_metrics(cells)
+    """Results into the record and W&B, and as a table on the terminal. `metrics`: further ones than the cells'."""
+    metrics = summary_metrics(cells) | dict(metrics or {})
     record.finish(metrics, cells, outcomes)
     log_results(logger, metrics, cells, results_figure(record))
-    if cells:
-        Console().print(results_table(record))
+    for metric in ("exact", "f1"):
+        if cells and metric in cells[0]:
+            Console().print(results_table(record, metric))
     log.info("record: %s", record.path)
 
 
@@ -126,12 +129,14 @@ def finish_wandb(logger: WandbLogger | None, error: BaseException | None = None)
 
 
 def summary_metrics(cells: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """`exact/<task>/<column>` (a fraction) and `nll/<task>/<column>`, with columns floor, full, 2x, 4x, ..."""
+    """`exact/<task>/<column>` (a fraction) and `nll/<task>/<column>`, of generated answers `exact_match/...` and
+    `f1/...`; with columns floor, full, 2x, 4x, ...
+    """
     return {
         f"{name}/{row['task']}/{row['compression']}": cell[name]
         for cell, row in zip(cells, rows_for_logging(cells), strict=True)
-        for name in ("exact", "nll")
-        if cell[name] is not None
+        for name in METRICS
+        if cell.get(name) is not None
     }
 
 
@@ -140,9 +145,9 @@ def results_figure(record: Record) -> Figure | None:
     return accuracy_figure(cells_frame([record])) if record.cells else None
 
 
-def results_table(record: Record) -> RenderableType:
+def results_table(record: Record, metric: str = "exact") -> RenderableType:
     """The finished run's cells as a table for the terminal."""
-    return to_console(build_table([record], title=f"{record.study}: {record.arm}, seed {record.seed}"))
+    return to_console(build_table([record], title=f"{record.study}: {record.arm}, seed {record.seed}", metric=metric))
 
 
 def plain(conf: Any) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import contextlib
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from lrsa.config import (
     EvalConf,
     EvaluationConf,
     ExamplesConf,
+    GenerateConf,
+    LMEvalConf,
     LoggerConf,
     ModelConf,
     RecipeConf,
@@ -30,6 +33,7 @@ from lrsa.config import (
 from lrsa.data import ContextTooLongError, DataRowError
 from lrsa.data.prompts import PROMPTS
 from lrsa.data.sources import SOURCES, source_args
+from lrsa.evaluation.errors import EvaluationInputError
 from lrsa.results import RecordError
 from lrsa.training import NonFiniteLoss, find_checkpoint, micro_batches
 
@@ -37,6 +41,7 @@ PRECISIONS = ("32-true", "bf16-mixed")
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 WANDB_MODES = ("online", "offline", "disabled", "shared")
 DTYPES = ("float32", "bfloat16", "float16")
+EVAL_MODES = ("score", "generate", "lm_eval")
 
 
 class ConfigError(ValueError):
@@ -52,6 +57,7 @@ BAD_INPUT = (
     ConfigError,
     ContextTooLongError,
     DataRowError,
+    EvaluationInputError,
     NonFiniteLoss,
     RecordError,
     FileNotFoundError,
@@ -96,15 +102,21 @@ def check_train(conf: TrainConf) -> None:
 
 def check_eval(conf: EvalConf) -> None:
     """Raises ConfigError listing every problem of an `lrsa-eval` config; warns of what runs but looks wrong."""
-    _report(
-        [
-            *_model(conf.model),
-            *_trainer(conf.trainer),
-            *_logger(conf.logger),
-            *_evaluation(conf.evaluation, None),
-        ]
-    )
-    _warn_evaluation(conf.evaluation, None)
+    problems = [
+        *_model(conf.model),
+        *_trainer(conf.trainer),
+        *_logger(conf.logger),
+        *_evaluation(conf.evaluation, None),
+    ]
+    if conf.mode not in EVAL_MODES:
+        problems.append(f"mode={conf.mode!r} is unknown; choose one of {', '.join(EVAL_MODES)}")
+    if conf.mode == "generate":
+        problems += _generate(conf.generate)
+    if conf.mode == "lm_eval":
+        problems += _lm_eval(conf.lm_eval)
+    _report(problems)
+    if conf.mode != "lm_eval":  # whose prompts have lengths of their own
+        _warn_evaluation(conf.evaluation, None)
 
 
 def check_context_window(model_config: Any, length: int | None) -> None:
@@ -273,6 +285,35 @@ def _evaluation(conf: EvaluationConf, length: int | None) -> Iterator[str]:
         yield "evaluation.length is not set: tokens a prompt with its answer"
     for name, task in conf.tasks.items():
         yield from _examples(f"evaluation.tasks.{name}", task)
+
+
+def _generate(conf: GenerateConf) -> Iterator[str]:
+    for name in ("max_new_tokens", "block_size"):
+        value = getattr(conf, name)
+        if value is not None and value < 1:
+            yield f"generate.{name}={value}: tokens, at least 1, or null"
+
+
+def _lm_eval(conf: LMEvalConf) -> Iterator[str]:
+    if not conf.tasks:
+        yield "lm_eval.tasks is empty: name tasks of lm-eval, e.g. 'lm_eval.tasks=[niah_single_1]' (`lm-eval ls tasks`)"
+    if conf.include_path is not None and not Path(conf.include_path).is_dir():
+        yield f"lm_eval.include_path={conf.include_path} is no folder: name one that holds task YAMLs"
+    for name, least in (("limit", 1), ("max_length", 2), ("num_fewshot", 0)):
+        value = getattr(conf, name)
+        if value is not None and value < least:
+            yield f"lm_eval.{name}={value}: at least {least}, or null"
+    for name in ("gen_kwargs", "metadata"):
+        value = getattr(conf, name)
+        if value is not None and not isinstance(value, dict):
+            yield f"lm_eval.{name}={value!r} is not a mapping; write lm_eval.{name}={{name: value}}"
+    lengths = conf.metadata.get("max_seq_lengths") if isinstance(conf.metadata, dict) else None
+    if conf.limit is not None and isinstance(lengths, list | tuple) and len(lengths) > 1:
+        yield (
+            f"lm_eval.limit={conf.limit} takes a task's first examples, which are all of the first of "
+            f"lm_eval.metadata.max_seq_lengths={list(lengths)}: leave the limit out, or run a length at a time "
+            "(lrsa-eval -m 'lm_eval.metadata={max_seq_lengths: [4096]},{max_seq_lengths: [8192]}')"
+        )
 
 
 def _warn_evaluation(conf: EvaluationConf, length: int | None) -> None:

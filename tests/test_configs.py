@@ -254,6 +254,39 @@ def test_what_cannot_work_is_refused_with_values_and_fix(overrides: list[str], m
     assert re.search(message, text), text
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["mode=lm-eval"], r"mode='lm-eval' is unknown; choose one of score, generate, lm_eval"),
+        (["mode=generate", "generate.max_new_tokens=0"], r"generate\.max_new_tokens=0: tokens, at least 1, or null"),
+        (["mode=generate", "generate.block_size=-1"], r"generate\.block_size=-1"),
+        (["mode=lm_eval"], r"lm_eval\.tasks is empty"),
+        (["mode=lm_eval", "lm_eval.tasks=[x]", "lm_eval.include_path=/nowhere"], r"include_path=/nowhere is no folder"),
+        (["mode=lm_eval", "lm_eval.tasks=[x]", "lm_eval.limit=0"], r"lm_eval\.limit=0: at least 1"),
+        (["mode=lm_eval", "lm_eval.tasks=[x]", "lm_eval.gen_kwargs=5"], r"lm_eval\.gen_kwargs=5 is not a mapping"),
+        (
+            ["mode=lm_eval", "lm_eval.tasks=[x]", "lm_eval.limit=9", "lm_eval.metadata={max_seq_lengths: [512, 1024]}"],
+            r"lm_eval\.limit=9 takes .* the first of lm_eval\.metadata\.max_seq_lengths=\[512, 1024\]: .*lrsa-eval -m",
+        ),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+def test_evaluations_that_cannot_work_are_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        check_eval(compose_eval("model=recall_tiny", "trainer=cpu", *overrides))
+    text = " ".join(str(error.value).split())
+    assert re.search(message, text), text
+
+
+def test_every_mode_passes() -> None:
+    for overrides in (["mode=score"], ["mode=generate"], ["mode=lm_eval", "lm_eval.tasks=[niah_single_1]"]):
+        conf = compose_eval("model=recall_tiny", "trainer=cpu", *overrides, "evaluation.length=512")
+        check_eval(conf)
+    conf = compose_eval(*overrides, "lm_eval.limit=9", "lm_eval.metadata={max_seq_lengths: [4096]}", "trainer=cpu")
+    check_eval(conf)
+    assert conf.lm_eval.metadata == {"max_seq_lengths": [4096]}
+
+
 def test_all_problems_are_reported_at_once() -> None:
     with pytest.raises(ConfigError, match="3 setting") as error:
         check_train(

@@ -1,6 +1,10 @@
-"""Evaluation: parallel scoring of references under any compression, and the grid of tasks and compressions."""
+"""Evaluation under any compression: parallel scoring of references, generated answers, and the grid of tasks.
 
+`lrsa.evaluation.lm_eval_model` is apart: it imports lm-eval, which takes seconds.
+"""
+
+from lrsa.evaluation.generate import Answer, Answers, generate_answers
 from lrsa.evaluation.grid import Task, evaluate, load_tasks
 from lrsa.evaluation.scoring import Outcome, score
 
-__all__ = ["Outcome", "Task", "evaluate", "load_tasks", "score"]
+__all__ = ["Answer", "Answers", "Outcome", "Task", "evaluate", "generate_answers", "load_tasks", "score"]

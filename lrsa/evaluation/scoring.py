@@ -58,8 +58,8 @@ def score(
     outcomes: dict[int, list[Outcome]] = {}
     device = model.device
     # Not inference_mode: tensors that attention caches here (positions, masks) may meet a training step later.
-    with _evaluating(model, attention), torch.no_grad(), autocast(device, precision):
-        for indices in _batches_of_similar_length(samples, batch_size):
+    with evaluating(model, attention), torch.no_grad(), autocast(device, precision):
+        for indices in batches_of_similar_length([len(sample.input_ids) for sample in samples], batch_size):
             rows = [samples[index] for index in indices]
             batch = collate(rows, pad_id)
             document_ids = batch["document_ids"]
@@ -75,7 +75,7 @@ def score(
             start = 0
             for index, sample in zip(indices, rows, strict=True):
                 outcomes[index] = []
-                for name, (first, stop) in zip(_answer_ids(sample), sample.answer_spans, strict=True):
+                for name, (first, stop) in zip(answer_ids(sample), sample.answer_spans, strict=True):
                     answer = slice(start, start + stop - first)
                     start = answer.stop
                     exact = bool(is_right[answer].all())
@@ -101,7 +101,8 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
 
 
 @contextlib.contextmanager
-def _evaluating(model: PreTrainedModel, attention: SparseAttentionConfig | None) -> Iterator[None]:
+def evaluating(model: PreTrainedModel, attention: SparseAttentionConfig | None) -> Iterator[None]:
+    """`model` with `attention` and in evaluation mode; both as they were afterwards, whatever happens inside."""
     before, was_training = get_attention(model), model.training
     try:
         set_attention(model, attention)
@@ -112,13 +113,13 @@ def _evaluating(model: PreTrainedModel, attention: SparseAttentionConfig | None)
         model.train(was_training)
 
 
-def _batches_of_similar_length(samples: Sequence[Sample], batch_size: int) -> list[list[int]]:
-    """Indices of `samples`, longest first (an out-of-memory error comes at once), at most `batch_size` together."""
-    order = sorted(range(len(samples)), key=lambda index: (-len(samples[index].input_ids), index))
+def batches_of_similar_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Indices of `lengths`, longest first (an out-of-memory error comes at once), at most `batch_size` together."""
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
-def _answer_ids(sample: Sample) -> tuple[str, ...]:
+def answer_ids(sample: Sample) -> tuple[str, ...]:
     """One name an answer span; the turns of a conversation have no ids of their own."""
     spans = len(sample.answer_spans)
     if spans == 1:

@@ -85,7 +85,7 @@ class Joined:
 def collect_cells(
     records: Sequence[Record], metric: str, arms: Sequence[str] = (), tasks: Sequence[str] = ()
 ) -> dict[Key, Measured]:
-    """Cells of the given arms and tasks (default: all), from the records' outcomes.
+    """Cells of the given arms and tasks (default: all) that were measured in `metric`, from the records' outcomes.
 
     Raises RecordError where the outcomes contradict the record's cells, an example is there twice, or two different
     experiments give one cell. The same experiment run twice counts once: the later run, with a TableWarning.
@@ -103,10 +103,10 @@ def collect_cells(
             same[row["id"]] = row
         for cell in record.cells:
             task, compression = cell["task"], cell["compression"]
-            if tasks and task not in tasks:
+            if (tasks and task not in tasks) or metric not in cell:
                 continue
             examples = outcomes.get((task, compression), {})
-            _check_agreement(record, cell, examples)
+            _check_agreement(record, cell, examples, metric)
             into = found.setdefault((record.arm, task, compression), Measured())
             _check_claim(into.sources.get(record.seed), record, task, compression)
             into.sources[record.seed] = record
@@ -120,13 +120,19 @@ def collect_cells(
     return found
 
 
-def _check_agreement(record: Record, cell: Mapping[str, Any], examples: Mapping[str, Mapping[str, Any]]) -> None:
+def _check_agreement(
+    record: Record, cell: Mapping[str, Any], examples: Mapping[str, Mapping[str, Any]], metric: str
+) -> None:
     where = f"{record.path}: {cell['task']} at {compression_label(cell['compression'])}"
     if len(examples) != cell["n"] or not examples:
         raise RecordError(f"{where} says n={cell['n']}, {OUTCOMES_FILE} holds {len(examples)} examples")
-    mean = sum(bool(row["exact"]) for row in examples.values()) / len(examples)
-    if abs(mean - cell["exact"]) > 1e-6:
-        raise RecordError(f"{where} says exact={cell['exact']}, the outcomes in {OUTCOMES_FILE} average {mean}")
+    for name in dict.fromkeys(("exact", metric)):
+        if name == "nll":  # stored with six digits, and may be infinite
+            continue
+        values: list[Any] = [row.get(name) for row in examples.values()]
+        mean = sum(map(float, values)) / len(values) if None not in values else None
+        if mean is None or abs(mean - cell[name]) > 1e-6:
+            raise RecordError(f"{where} says {name}={cell[name]}, the outcomes in {OUTCOMES_FILE} average {mean}")
 
 
 def _check_claim(before: Record | None, record: Record, task: str, compression: float | None) -> None:

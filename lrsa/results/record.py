@@ -71,6 +71,7 @@ class Record:
     data: list[dict[str, Any]] = field(default_factory=list)
     training: dict[str, Any] | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
+    protocol: dict[str, Any] | None = None
     cells: list[dict[str, Any]] = field(default_factory=list)
     error: dict[str, Any] | None = None
     finished: str | None = None
@@ -142,7 +143,7 @@ class Record:
             raise RecordError(f"{file}: {error.strerror or error}") from error
         except ValueError as error:  # JSON and Unicode errors are ValueErrors too
             raise RecordError(f"{file}: {error}") from error
-        return cls(folder=file.parent, **{name: value[name] for name in _stored_fields()})
+        return cls(folder=file.parent, **{name: value[name] for name in _stored_fields() if name in value})
 
     @property
     def path(self) -> Path:
@@ -166,13 +167,19 @@ class Record:
         write_atomically(self.path, text.encode("utf-8"))
 
     def update(
-        self, *, data: Iterable[Mapping[str, Any]] | None = None, training: Mapping[str, Any] | None = None
+        self,
+        *,
+        data: Iterable[Mapping[str, Any]] | None = None,
+        training: Mapping[str, Any] | None = None,
+        protocol: Mapping[str, Any] | None = None,
     ) -> None:
-        """Add what is known by now to a running record: data items are appended, training facts merged."""
+        """Add what is known by now to a running record: data items are appended, training and protocol facts merged."""
         if data is not None:
             self.data = self.data + [dict(item) for item in data]
         if training is not None:
             self.training = (self.training or {}) | dict(training)
+        if protocol is not None:
+            self.protocol = (self.protocol or {}) | dict(protocol)
         self.write()
 
     def finish(

@@ -20,15 +20,28 @@ CELL: dict[str, Any] = {
     "task": Text,
     "compression": MaybeNumber,  # 1: full cache; null: no context, the floor
     "n": (int,),
-    "exact": Number,  # fraction of examples
+    "exact": Number,  # fraction of examples, token for token
     "exact_low": Number,
     "exact_high": Number,
-    "nll": MaybeNumber,  # nats an answer token
+    "nll?": MaybeNumber,  # nats an answer token; of scored references
+    "exact_match?": Number,  # normalised, any reference, as SQuAD; this and what follows it of generated answers
+    "exact_match_low?": Number,
+    "exact_match_high?": Number,
+    "f1?": Number,
+    "f1_low?": Number,
+    "f1_high?": Number,
+    "max_new_tokens?": (int,),
+    "generated_tokens?": Number,  # mean of an answer, the stop token included
+    "hit_limit?": Number,  # fraction of answers that were cut at max_new_tokens
     "length?": MaybeNumber,  # prompt tokens
-    "slots?": MaybeNumber,  # KV slots a head holds after the prompt
+    "slots?": MaybeNumber,  # KV slots a head holds after the prompt, by the closed form
     "measured_ratio?": MaybeNumber,  # full cache / kept
     "kv_bytes_per_layer?": MaybeList,
     "kept_per_layer?": MaybeList,
+    "cache_slots?": Number,  # the same after reading the prompts in fact
+    "cache_ratio?": Number,
+    "cache_bytes?": Number,
+    "cache_buffer_bytes?": Number,  # what the cache had reserved besides
     "seconds?": MaybeNumber,
     "tokens_per_second?": MaybeNumber,
     "data_fingerprint?": MaybeText,
@@ -57,6 +70,7 @@ RECORD: dict[str, Any] = {
         type(None),
     ),  # steps, tokens, seconds, step_ms_median, peak_memory_bytes, loss_curve {step, loss}
     "metrics": (dict,),
+    "protocol?": (dict, type(None)),  # how answers were made: template, stop tokens, decoding, truncation, cache
     "cells": [CELL],
     "error": (dict, type(None)),  # type, message, traceback
 }
@@ -66,8 +80,13 @@ OUTCOME: dict[str, Any] = {
     "id": Text,
     "compression": MaybeNumber,
     "exact": (bool,),
-    "nll": MaybeNumber,
-    "tokens": (int,),
+    "nll?": MaybeNumber,
+    "tokens": (int,),  # of the reference
+    "exact_match?": (bool,),  # this and what follows it of generated answers
+    "f1?": Number,
+    "text?": Text,
+    "generated_tokens?": (int,),
+    "hit_limit?": (bool,),
 }
 
 

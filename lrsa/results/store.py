@@ -120,7 +120,8 @@ def outcomes_frame(records: Sequence[Record]) -> pd.DataFrame:
         "nll",
         "tokens",
     ]
-    frame = pd.DataFrame(rows, columns=columns)
+    more = dict.fromkeys(name for row in rows for name in row if name not in columns)  # of generated answers
+    frame = pd.DataFrame(rows, columns=[*columns, *more])
     frame[["compression", "nll"]] = frame[["compression", "nll"]].astype("float64")
     return frame
 

@@ -32,7 +32,11 @@ class Metric:
 METRICS = {
     "exact": Metric("exact", "exact match, %", "points", scale=100.0, digits=1),
     "nll": Metric("nll", "answer NLL, nats a token", "nats", digits=3, higher_is_better=False),
+    "exact_match": Metric("exact_match", "normalised exact match, %", "points", scale=100.0, digits=1),
+    "f1": Metric("f1", "F1, %", "points", scale=100.0, digits=1),
 }
+
+GENERATED = ("exact_match", "f1")  # of answers in words
 
 
 @dataclass(frozen=True)
@@ -134,7 +138,9 @@ def build_table(
         raise ValueError(f"reference arm '{reference}' is not among the table's arms: {', '.join(arms)}")
     if not joined.cells:
         there = ", ".join(sorted({record.arm for record in records})) or "none"
-        raise RecordError(f"the records hold no cell of the arms and tasks asked for; arms there: {there}")
+        of = "" if metric == "exact" else f" with {metric}"
+        how = "; only `lrsa-eval mode=generate` measures it" if metric in GENERATED else ""
+        raise RecordError(f"the records hold no cell{of} of the arms and tasks asked for; arms there: {there}{how}")
     columns = _columns(joined)
     rows, differences = [], []
     for task in tasks:
@@ -221,7 +227,9 @@ def plot_frame(table: ResultTable) -> pd.DataFrame:
 
 
 def rows_for_logging(cells: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One run's cells as flat rows for an experiment tracker: every row has the same keys; exact match in percent."""
+    """One run's cells as flat rows for an experiment tracker: every row has the same keys; exact match and F1 in
+    percent. `exact_match` is token for token, `normalised_exact_match` and `f1` are of generated answers.
+    """
     return [
         {
             "task": cell["task"],
@@ -231,10 +239,16 @@ def rows_for_logging(cells: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]
             "low": 100 * cell["exact_low"],
             "high": 100 * cell["exact_high"],
             "n": cell["n"],
-            "nll": cell["nll"],
+            "nll": cell.get("nll"),
+            "normalised_exact_match": _percent(cell.get("exact_match")),
+            "f1": _percent(cell.get("f1")),
             "length": cell.get("length"),
             "slots": cell.get("slots"),
             "kv_bytes": sum(cell.get("kv_bytes_per_layer") or []) or None,
         }
         for cell in cells
     ]
+
+
+def _percent(value: float | None) -> float | None:
+    return None if value is None else 100 * value

@@ -2,12 +2,14 @@ import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lrsa.attention import SparseAttentionConfig
-from lrsa.config import AttentionConf, EvaluationConf, ExamplesConf
+from lrsa.config import AttentionConf, EvaluationConf, ExamplesConf, GenerateConf
 from lrsa.data import ContextTooLongError
 from lrsa.evaluation import evaluate, load_tasks
-from lrsa.evaluation.grid import measure_cache
+from lrsa.evaluation.cells import measure_cache
 from lrsa.models import get_attention, set_attention
 from lrsa.results.schema import CELL, OUTCOME, check
+
+from .conftest import RECALL_ARGS
 
 RECALL = ExamplesConf(
     source="needles",
@@ -46,6 +48,31 @@ def test_the_grid_has_a_cell_a_column_and_an_outcome_an_example(
     assert cells[0]["data_fingerprint"] != cells[1]["data_fingerprint"] == cells[2]["data_fingerprint"]
     nll = [cell["nll"] for cell in cells]
     assert len(set(nll)) == 4, "compression and floor act"
+
+
+def test_the_grid_of_generated_answers(
+    conf: EvaluationConf, recall_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Exact match of each cell is that of scoring; the cache held what the closed form says."""
+    conf.tasks = {"one": ExamplesConf(source="needles", limit=12, args=RECALL_ARGS)}
+    conf.length = 300
+    settings = GenerateConf(block_size=64)
+    cells, outcomes = evaluate(recall_model, tokenizer, conf, generate=settings, progress=False)
+    scored, _ = evaluate(recall_model, tokenizer, conf, progress=False)
+    assert len(outcomes) == 4 * 12
+    for outcome in outcomes:
+        check(vars(outcome), OUTCOME)
+    for cell, other in zip(cells, scored, strict=True):
+        check(cell, CELL)
+        same = ("task", "compression", "n", "exact", "exact_low", "exact_high", "slots", "length", "measured_ratio")
+        assert {name: cell[name] for name in same} == {name: other[name] for name in same}
+        assert "nll" not in cell and "f1" not in other
+        assert cell["exact"] <= cell["exact_match"] <= cell["f1"] <= cell["f1_high"]
+        assert cell["cache_slots"] == pytest.approx(cell["slots"])
+        assert cell["max_new_tokens"] >= 16 and 0 <= cell["hit_limit"] <= 1
+    texts = [{o.text for o in outcomes if o.compression == factor} for factor in (None, 1, 8)]
+    assert texts[0] != texts[1] != texts[2], "compression and floor act"
+    assert cells[1]["exact"] > cells[3]["exact"]
 
 
 def test_no_floor_and_only_the_full_cache(

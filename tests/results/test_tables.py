@@ -88,8 +88,50 @@ def test_bold_of_a_metric_where_less_is_better(make_run: MakeRun) -> None:
     table = build_table([better, Record.load(path)], metric="nll", **FAST)
     assert [[cell.best for cell in row.cells] for row in table.rows] == [[False, True, True], [False, False, False]]
     assert table.difference_title == "difference to better, nats"
-    with pytest.raises(ValueError, match="unknown metric 'f1'; choose from exact, nll"):
-        build_table([better], metric="f1")
+    with pytest.raises(ValueError, match="unknown metric 'bleu'; choose from exact, nll, exact_match, f1"):
+        build_table([better], metric="bleu")
+
+
+def generated(record: Record, f1: float) -> Record:
+    """The same run as if its answers had been generated, all with `f1`."""
+    rows = [row | {"f1": f1, "exact_match": row["exact"], "text": "x"} for row in record.outcomes()]
+    for row in rows:
+        del row["nll"]
+    marks = {"f1": f1, "f1_low": f1, "f1_high": f1, "exact_match": 0.0, "exact_match_low": 0, "exact_match_high": 1}
+    cells = [cell | marks | {"exact_match": cell["exact"]} for cell in record.cells]
+    for cell in cells:
+        del cell["nll"]
+    record.finish(record.metrics, cells, rows)
+    return Record.load(record.folder)
+
+
+def test_metrics_of_generated_answers(make_run: MakeRun) -> None:
+    scored, one, two = (make_run(arm, DENSE) for arm in ("scored", "one", "two"))
+    with pytest.raises(RecordError, match=r"no cell with f1 .*arms there: scored; only `lrsa-eval mode=generate`"):
+        build_table([scored], metric="f1", **FAST)
+    records = [scored, generated(one, 0.25), generated(two, 0.75)]
+    table = build_table(records, arms=["scored", "one", "two"], reference="one", metric="f1", **FAST)
+    text = to_markdown(table)
+    assert "F1, %" in text and "| 25.0 [25.0, 25.0] |" in text and "+50.0" in text
+    assert table.rows[0].cells[0].interval is None, "a scored run has no F1"
+    assert table.rows[2].cells[1].best and not table.rows[2].cells[0].best
+    assert "40.0" in to_markdown(build_table(records, metric="exact_match", **FAST))
+    assert "missing" not in to_markdown(build_table(records, metric="exact", **FAST))
+    with pytest.raises(RecordError, match="no cell with nll"):
+        build_table(records[1:], metric="nll", **FAST)
+    rows = rows_for_logging(records[0].cells) + rows_for_logging(records[1].cells)
+    assert len({tuple(row) for row in rows}) == 1 and rows[0]["f1"] is None and rows[3]["f1"] == 25.0
+    frame = outcomes_frame(records)
+    assert list(frame["text"].dropna().unique()) == ["x"] and frame["nll"].isna().sum() == 600
+
+
+def test_f1_that_contradicts_its_outcomes_is_refused(make_run: MakeRun) -> None:
+    record = generated(make_run("one", DENSE), 0.25)
+    value = json.loads(record.path.read_text())
+    value["cells"][1]["f1"] = 0.5
+    record.path.write_text(json.dumps(value))
+    with pytest.raises(RecordError, match=r"needles at full says f1=0\.5, the outcomes .* average 0\.25"):
+        build_table([Record.load(record.path)], metric="f1", **FAST)
 
 
 def test_missing_cells_are_named(make_run: MakeRun) -> None:

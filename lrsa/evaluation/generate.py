@@ -1,0 +1,247 @@
+"""Greedy answers: token-exact match, and what needs the text, normalised exact match and F1.
+
+B rows, T tokens. Token-exact match equals that of `scoring.score`, which decodes nothing. Every step is written out
+here rather than left to `model.generate`, whose defaults come from the checkpoint (repetition penalties, sampling).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lrsa.attention import SparseAttentionConfig
+from lrsa.cache import prefill
+from lrsa.data import Sample
+from lrsa.data.datamodule import pad_id_of
+from lrsa.evaluation.answers import exact_match, f1
+from lrsa.evaluation.errors import EvaluationInputError
+from lrsa.evaluation.measured import MeasuredCache
+from lrsa.evaluation.scoring import answer_ids, autocast, batches_of_similar_length, evaluating
+from lrsa.models import make_cache
+
+MARGIN = 16  # tokens beyond the longest reference, for answers that take another wording
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One generated answer under one compression, and how it compares with its references."""
+
+    task: str
+    id: str
+    compression: float | None  # 1: full cache; None: without the context, the floor
+    exact: bool  # the first reference token for token, its end of turn included
+    tokens: int  # of that reference
+    exact_match: bool  # normalised, with any reference
+    f1: float  # best over the references
+    text: str
+    generated_tokens: int  # the stop token included
+    hit_limit: bool  # no stop token came within max_new_tokens
+
+
+@dataclass(frozen=True)
+class Answers:
+    """`cache`: what the cache held after the prompts as measured, fields of `MeasuredCache.facts`."""
+
+    outcomes: list[Answer]
+    cache: dict[str, Any]
+    max_new_tokens: int
+
+
+def stop_tokens(tokenizer: PreTrainedTokenizerBase, end: str = "") -> dict[int, str]:
+    """Tokens that end an answer, id to text: the last one of `end` (`Prompt.end`, the prompt template's own end of
+    turn), and EOS.
+
+    Raises:
+        ValueError: there is neither, so that no answer would ever end.
+    """
+    ids = tokenizer(end, add_special_tokens=False)["input_ids"][-1:] if end else []
+    ids += [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    if not ids:
+        raise ValueError(
+            "the tokenizer has no EOS token and the prompt template no end of turn: set tokenizer.eos_token"
+        )
+    return {int(index): str(tokenizer.convert_ids_to_tokens(int(index))) for index in ids}
+
+
+def token_limit(tokenizer: PreTrainedTokenizerBase, samples: Sequence[Sample]) -> int:
+    """New tokens that suffice for every reference of `samples`, whichever wording is taken, and `MARGIN` more."""
+    spans = max((stop - start for sample in samples for start, stop in sample.answer_spans), default=0)
+    others = list({text for sample in samples for answers in sample.answers for text in answers[1:]})
+    encoded = tokenizer(others, add_special_tokens=False)["input_ids"] if others else []
+    return max([spans, *map(len, encoded)]) + MARGIN
+
+
+def generate_answers(
+    model: PreTrainedModel,
+    samples: Sequence[Sample],
+    attention: SparseAttentionConfig | None,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    stop_ids: Collection[int],
+    batch_size: int,
+    max_new_tokens: int | None = None,
+    precision: str = "32-true",
+    task: str = "",
+    compression: float | None = 1,
+    block_size: int | None = None,
+    on_batch: Callable[[int, int], None] | None = None,
+) -> Answers:
+    """Answer every question of every sample greedily, in the order of `samples`.
+
+    A question's prompt is the sample up to its answer span, earlier answers included as the references have them.
+    Prompts of similar length share a batch, padded on the left. The model's own attention and its training mode are
+    restored afterwards.
+
+    Args:
+        attention: of prompt and answer; None is the full cache, an ordinary `DynamicCache`.
+        stop_ids: a row ends with the first of these (`stop_tokens`).
+        max_new_tokens: an answer is cut there; None: `token_limit`.
+        precision: 32-true, or bf16-mixed for bfloat16 autocast.
+        task, compression: copied into the outcomes.
+        block_size: tokens of the prompt read at once; None: all.
+        on_batch: called with (answers, tokens read and written) after each batch.
+
+    Raises:
+        EvaluationInputError: a limit below the longest reference, or a reference with a stop token before its end,
+            which could not be generated.
+        ValueError: a `batch_size`, `block_size` or `stop_ids` that make no sense.
+    """
+    for name, value in (("batch_size", batch_size), ("block_size", block_size), ("max_new_tokens", max_new_tokens)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value}: at least 1")
+    if not stop_ids:
+        raise ValueError("stop_ids is empty: no answer would end; take stop_tokens(tokenizer, prompt.end)")
+    limit = token_limit(tokenizer, samples) if max_new_tokens is None else max_new_tokens
+    questions = [question for sample in samples for question in _questions(sample, tokenizer)]
+    for question in questions:
+        question.check(limit, stop_ids)
+    outcomes: dict[int, Answer] = {}
+    measured = MeasuredCache()
+    with evaluating(model, attention), torch.no_grad(), autocast(model.device, precision):
+        for indices in batches_of_similar_length([len(question.prompt) for question in questions], batch_size):
+            rows = [questions[index] for index in indices]
+            answers = _generate(
+                model, [row.prompt for row in rows], pad_id_of(tokenizer), stop_ids, limit, block_size, measured
+            )
+            for index, row, ids in zip(indices, rows, answers, strict=True):
+                outcomes[index] = row.outcome(ids, stop_ids, tokenizer, task, compression)
+            if on_batch is not None:
+                on_batch(len(rows), sum(len(row.prompt) for row in rows) + sum(map(len, answers)))
+    return Answers([outcomes[index] for index in range(len(questions))], measured.facts(), limit)
+
+
+@dataclass(frozen=True)
+class _Question:
+    id: str
+    prompt: list[int]
+    reference: list[int]
+    answers: tuple[str, ...]
+
+    def check(self, limit: int, stop_ids: Collection[int]) -> None:
+        if len(self.reference) > limit:
+            raise EvaluationInputError(
+                f"max_new_tokens={limit} is below the {len(self.reference)} tokens of the reference of {self.id}: no "
+                "answer could match it; raise it, or leave it null"
+            )
+        early = [token for token in self.reference[:-1] if token in stop_ids]
+        if early:
+            raise EvaluationInputError(
+                f"the reference of {self.id} has the stop token {early[0]} before its end: generation would end there; "
+                "take the example out, or correct its answer"
+            )
+
+    def outcome(
+        self,
+        ids: list[int],
+        stop_ids: Collection[int],
+        tokenizer: PreTrainedTokenizerBase,
+        task: str,
+        compression: float | None,
+    ) -> Answer:
+        ended = bool(ids) and ids[-1] in stop_ids
+        text = tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True)
+        return Answer(
+            task,
+            self.id,
+            compression,
+            # A reference that does not end with a stop token is matched as far as it goes, as parallel scoring does.
+            exact=ids[: len(self.reference)] == self.reference,
+            tokens=len(self.reference),
+            exact_match=exact_match(text, self.answers),
+            f1=f1(text, self.answers),
+            text=text,
+            generated_tokens=len(ids),
+            hit_limit=not ended,
+        )
+
+
+def _questions(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> list[_Question]:
+    """One an answer span; a conversation's turns have no references but their own tokens."""
+    named = len(sample.answers) == len(sample.answer_spans) and all(sample.answers)
+    found = []
+    for number, (name, (start, stop)) in enumerate(zip(answer_ids(sample), sample.answer_spans, strict=True)):
+        reference = sample.input_ids[start:stop]
+        texts = sample.answers[number] if named else (tokenizer.decode(reference, skip_special_tokens=True),)
+        found.append(_Question(name, sample.input_ids[:start], reference, texts))
+    return found
+
+
+def _generate(
+    model: PreTrainedModel,
+    prompts: list[list[int]],
+    pad_id: int,
+    stop_ids: Collection[int],
+    limit: int,
+    block_size: int | None,
+    measured: MeasuredCache,
+) -> list[list[int]]:
+    """Greedy continuations, a stop token included, at most `limit` tokens each."""
+    input_ids, mask = left_pad(prompts, pad_id, limit, model.device)
+    width = input_ids.shape[1]
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
+    stop = torch.tensor(sorted(stop_ids), device=model.device)
+    cache = make_cache(model, max_tokens=max(map(len, prompts)) + limit)
+    logits = prefill(model, input_ids, cache, None if mask is None else mask[:, :width], block_size)
+    measured.add(cache, [len(prompt) for prompt in prompts])
+    done = torch.zeros(len(prompts), dtype=torch.bool, device=model.device)
+    written: list[Tensor] = []
+    while True:
+        # What a finished row goes on with is cut off below.
+        written.append(logits.argmax(-1))
+        done |= torch.isin(written[-1], stop)
+        if len(written) == limit or bool(done.all()):
+            break
+        outputs = model(
+            input_ids=written[-1][:, None],
+            attention_mask=None if mask is None else mask[:, : width + len(written)],
+            position_ids=(lengths + len(written) - 1)[:, None],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        logits = outputs.logits[:, -1]
+    return [_until(row, stop_ids) for row in torch.stack(written, 1).tolist()]
+
+
+def _until(ids: list[int], stop_ids: Collection[int]) -> list[int]:
+    """Up to the first stop token, which stays."""
+    first = next((number for number, token in enumerate(ids) if token in stop_ids), len(ids) - 1)
+    return ids[: first + 1]
+
+
+def left_pad(
+    prompts: Sequence[Sequence[int]], pad_id: int, room: int, device: torch.device
+) -> tuple[Tensor, Tensor | None]:
+    """Ids ``[B, T]`` with pads on the left, and their mask ``[B, T + room]``, 1 at tokens, old and new; None without
+    pads."""
+    width = max(map(len, prompts))
+    ids = torch.full((len(prompts), width), pad_id, dtype=torch.long)
+    mask = torch.ones((len(prompts), width + room), dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt, dtype=torch.long)
+        mask[row, : width - len(prompt)] = 0
+    return ids.to(device), None if bool(mask.all()) else mask.to(device)

@@ -1,0 +1,128 @@
+"""`lrsa-eval` in each of its modes: what ends up in the record, and what a table makes of it."""
+
+import gzip
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+
+from lrsa.config import EvalConf, TableConf, config_dir, register_configs
+from lrsa.evaluate import SAMPLES_FILE, run_evaluation
+from lrsa.evaluation.errors import EvaluationInputError, TruncationWarning
+from lrsa.results import Record
+from lrsa.table import build
+
+TINY = [
+    "model=recall_tiny",
+    "trainer=cpu",
+    "trainer.progress=false",
+    "logger=none",
+    "task=[recall]",
+    "evaluation.tasks.recall.limit=12",
+    "evaluation.length=320",
+    "evaluation.attention.sink_size=4",
+    "evaluation.attention.lag_size=32",
+    "evaluation.compressions=[1,4]",
+    "evaluation.bootstrap=100",
+]
+
+
+@pytest.fixture(autouse=True)
+def _hydra() -> Iterator[None]:
+    register_configs()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(config_dir()), version_base=None):
+        yield
+    GlobalHydra.instance().clear()
+
+
+def configure(folder: Path, *overrides: str) -> EvalConf:
+    conf = OmegaConf.to_object(compose("eval", [*TINY, *overrides, f"run.output_dir={folder}"]))
+    assert isinstance(conf, EvalConf)
+    return conf
+
+
+def test_generated_answers_and_their_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_evaluation(configure(tmp_path / "one", "mode=generate", "generate.block_size=100", "run.arm=one"))
+    shown = capsys.readouterr().out
+    assert "recall: exact match, %" in shown and "recall: F1, %" in shown
+    record = Record.load(tmp_path / "one")
+    assert record.status == "finished" and record.config["mode"] == "generate"
+    assert [cell["compression"] for cell in record.cells] == [None, 1, 4]
+    protocol = record.protocol
+    assert protocol is not None
+    assert (protocol["decoding"], protocol["truncation"], protocol["padding"]) == ("greedy", "none", "left")
+    assert protocol["tasks"]["recall"] == {"prompt": "chat", "stop_tokens": {"3": "<end>"}}
+    assert protocol["cache"]["block_size"] == 100 and len(protocol["chat_template"]["sha256"]) == 64
+    assert set(record.metrics) >= {"exact/recall/4x", "exact_match/recall/4x", "f1/recall/floor"}
+    assert record.data[0]["template"].endswith("{answer} <end>")
+    rows = record.outcomes()
+    assert len(rows) == 36 and all(isinstance(row["text"], str) for row in rows)
+
+    scored = run_evaluation(configure(tmp_path / "two", "run.arm=one"))
+    assert scored.protocol is None and "nll" in scored.outcomes()[0]
+    same = [{key: row[key] for key in ("id", "compression", "exact", "tokens")} for row in rows]
+    assert same == [{key: row[key] for key in same[0]} for row in scored.outcomes()]
+
+    options = {"records": [str(tmp_path)], "output": str(tmp_path / "table"), "figure": False, "bootstrap": 100}
+    table, _ = build(TableConf(metric="f1", **options))  # the scored run of the same arm has none, so does not clash
+    text = (tmp_path / "table" / "table.md").read_text()
+    assert "F1, %" in text and table.rows[0].cells[1].interval is not None
+
+
+def test_lm_eval_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    import lm_eval.evaluator
+    from lm_eval.tasks import TaskManager
+
+    import lrsa.evaluation.lm_eval_run
+
+    # Seconds each, and of no account here: what lm-eval knows of the machine, and its own ten thousand tasks.
+    monkeypatch.setattr(lm_eval.evaluator, "add_env_info", lambda storage: None)
+    monkeypatch.setattr(
+        lrsa.evaluation.lm_eval_run, "TaskManager", lambda **given: TaskManager(**{**given, "include_defaults": False})
+    )
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    (tasks / "own.yaml").write_text(
+        "task: own\ncustom_dataset: !function docs.rows\noutput_type: generate_until\ntest_split: test\n"
+        'doc_to_text: "{{text}}"\ndoc_to_target: river\ngeneration_kwargs: {until: [], max_gen_toks: 4}\n'
+        "metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]\n"
+    )
+    (tasks / "docs.py").write_text(
+        "import datasets\ndef rows(lengths, **_):\n"
+        "    return {'test': datasets.Dataset.from_list([{'text': 'the river ' * n} for n in lengths])}\n"
+    )
+    conf = configure(
+        tmp_path / "run",
+        "mode=lm_eval",
+        "lm_eval.tasks=[own]",
+        f"lm_eval.include_path={tasks}",
+        "lm_eval.metadata={lengths: [20, 90, 60]}",
+        "lm_eval.gen_kwargs={max_gen_toks: 5}",
+        "lm_eval.max_length=150",
+    )
+    with pytest.warns(TruncationWarning, match="1 of 3 prompts"):
+        record = run_evaluation(conf)
+    loaded = Record.load(record.folder)
+    assert loaded.status == "finished" and loaded.cells == []
+    assert set(loaded.metrics) >= {"own/exact_match,none/full", "own/exact_match,none/4x"}
+    assert loaded.protocol is not None
+    run = loaded.protocol["compressions"]["4x"]
+    assert run["truncation"] == {"side": "left", "requests": 3, "truncated": 1, "tokens_lost": 35, "most_lost": 35}
+    assert run["decoding"][0]["max_new_tokens"] == 5 and run["cache"]["cache_ratio"] > 1
+    assert loaded.data[0]["name"] == "own" and loaded.data[0]["n"] == 3
+    with gzip.open(loaded.folder / SAMPLES_FILE, "rt") as lines:
+        samples = [json.loads(line) for line in lines]
+    assert len(samples) == 6 and {sample["compression"] for sample in samples} == {1.0, 4.0}
+    assert "exact_match,none" in capsys.readouterr().out
+
+
+def test_a_limit_below_the_references_is_told(tmp_path: Path) -> None:
+    with pytest.raises(EvaluationInputError, match="max_new_tokens=2 is below the 3 tokens of the reference"):
+        run_evaluation(configure(tmp_path, "mode=generate", "generate.max_new_tokens=2"))
+    record = Record.load(tmp_path)
+    assert record.status == "failed" and record.protocol is not None
