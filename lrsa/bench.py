@@ -1,7 +1,8 @@
-"""`lrsa-bench`: how fast sparse attention is, or a training step with it, against dense in the same process."""
+"""`lrsa-bench`: how fast sparse attention is, a training step or generation with it, against dense in one process."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import track
 
-from lrsa.benchmark import kernels, step
+from lrsa.benchmark import generate, kernels, step
 from lrsa.benchmark.report import Report, report
 from lrsa.config import BenchConf, config_dir, register_configs
 from lrsa.results import Record
@@ -19,7 +20,7 @@ from lrsa.results.store import load_records
 from lrsa.tracking import plain, task_overrides
 
 register_configs()
-MODES = {"kernels": kernels.run, "step": step.run}
+MODES = {"kernels": kernels.run, "step": step.run, "generate": generate.run}
 
 
 @hydra.main(config_path=str(config_dir()), config_name="bench", version_base=None)
@@ -30,7 +31,7 @@ def main(config: DictConfig) -> None:
     else:
         reports = [_of_record(run(conf))]
     for item in reports:
-        Console().print(item.to_console())
+        Console(width=None if sys.stdout.isatty() else 180).print(item.to_console())
     if conf.table is not None:
         target = Path(conf.table)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -61,8 +62,14 @@ def run(conf: BenchConf) -> Record:
         overrides=task_overrides(),
     ) as record:
         device = torch.device(wanted)
-        rows = list(track(MODES[conf.mode](conf, device), description=f"lrsa-bench {conf.mode}", transient=True))
-        metrics: dict[str, Any] = {"device": device.type, "threads": torch.get_num_threads(), "rows": rows}
+        metrics: dict[str, Any] = {"device": device.type, "threads": torch.get_num_threads(), "rows": []}
+        for row in track(MODES[conf.mode](conf, device), description=f"lrsa-bench {conf.mode}", transient=True):
+            metrics["rows"].append(row)
+            record.metrics = metrics  # a run that is killed leaves what it had measured
+            record.write()
+            shown = report(conf.mode, record.config, [row], device.type)
+            said = [f"{name} {cell}" for name, cell in zip(shown.columns, shown.rows[0], strict=True) if cell]
+            Console().print(", ".join(said), soft_wrap=True, highlight=False)
         record.finish(metrics, [], [])
     Console().print(f"record: {record.path}", highlight=False)
     return record

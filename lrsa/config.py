@@ -230,10 +230,10 @@ class BenchConf:
     """`lrsa-bench`: speed and memory against dense attention."""
 
     run: RunConf = field(default_factory=RunConf)
-    mode: str = "kernels"  # or step: a whole training step
+    mode: str = "kernels"  # or step: a whole training step; generate: prefill and graphed decoding
     device: str = "auto"  # cpu, cuda
     dtype: str = "float32"
-    lengths: list[int] = field(default_factory=lambda: [8192])
+    lengths: list[int] = field(default_factory=lambda: [8192])  # of the prompt in mode=generate
     lags: list[int] = field(default_factory=lambda: [128, 1024])
     compressions: list[float] = field(default_factory=lambda: [4])
     sink_size: int = 16
@@ -244,9 +244,12 @@ class BenchConf:
     key_value_heads: int = 3
     head_dim: int = 64
     rounds: int = 5
+    decode_steps: int = 256  # of mode=generate, at least; whole chunks are timed
+    batches: list[int] = field(default_factory=list)  # of mode=generate, besides 1 and the largest that fits
+    largest_batch: bool = True  # also measure it; CUDA alone
     records: list[str] = field(default_factory=list)  # folders of earlier records: show these, measure nothing
     table: str | None = None  # also write the tables to this Markdown file
-    model: ModelConf = field(default_factory=ModelConf)  # of mode=step
+    model: ModelConf = field(default_factory=ModelConf)  # of mode=step, generate; its dtype is generate's
 
 
 def config_dir() -> Path:

@@ -14,11 +14,12 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from lrsa import bench
-from lrsa.attention import SparseAttentionConfig
-from lrsa.benchmark import kernels
+from lrsa.attention import SparseAttentionConfig, decode
+from lrsa.benchmark import dense, engines, filled, generate, kernels
 from lrsa.benchmark.report import report
 from lrsa.benchmark.timing import compare
 from lrsa.config import BenchConf, config_dir
+from lrsa.models import build_model
 
 TINY = ["lengths=[200]", "lags=[16]", "sink_size=4", "head_dim=16", "query_heads=4", "key_value_heads=2", "rounds=2"]
 
@@ -71,6 +72,124 @@ def test_a_training_step_is_compared_with_the_dense_one(tmp_path: Path) -> None:
     (row,) = record.metrics["rows"]
     times = {name: row["step"][name]["median"] for name in ("dense", "sparse")}
     assert row["step_ratio"] == pytest.approx(times["sparse"] / times["dense"])
+
+
+GENERATE = ["mode=generate", "model=tiny_random", "lengths=[120]", "decode_steps=8", "compressions=[4]"]
+
+
+def test_generation_is_gated_timed_and_recorded(tmp_path: Path) -> None:
+    record = bench.run(configured(tmp_path, *GENERATE, "batches=[2]"))
+    rows = json.loads(record.path.read_text())["metrics"]["rows"]
+    assert [(row["engine"], row["batch"]) for row in rows] == [
+        ("dense", 1),
+        ("dense", 2),
+        ("lrsa 4x", 1),
+        ("lrsa 4x", 2),
+    ]
+    for row in rows:
+        assert row["gate"] == "passed" and "failed" not in row
+        assert row["error"] <= row["allowed_error"] and row["exact_error"] <= row["allowed_exact_error"]
+        assert row["kernels"]["decode"] == "sdpa" and not row["decode"]["graphed"]
+        assert row["decode"]["steps"] == 16  # a whole chunk
+        assert row["cache"]["slots"] == row["cache"]["expected_slots"]
+        assert ("prefill" in row) == (row["batch"] == 1)
+    dense, sparse = rows[1], rows[3]
+    assert sparse["cache"]["bytes"] < dense["cache"]["bytes"] == sparse["cache"]["dense_bytes"]
+    speed = [row["decode"]["tokens_per_second"] for row in (dense, sparse)]
+    assert sparse["against_batch"] == 2 and sparse["speedup"] == pytest.approx(speed[1] / speed[0])
+    moved = [sum(row["bytes_per_step"].values()) for row in (dense, sparse)]
+    assert sparse["predicted_speedup"] == pytest.approx(moved[0] / moved[1]) and moved[0] > moved[1]
+    slot = 2 * 2 * 2 * 8 * 4  # keys and values, layers, heads, D, float32
+    assert dense["cache"]["bytes"] == 2 * dense["cache"]["tokens"] * slot
+    shown = report("generate", record.config, rows, "cpu")
+    assert all(len(row) == len(shown.columns) for row in shown.rows) and "(no graph)" in shown.to_markdown()
+
+
+@pytest.mark.parametrize("engine", ["dense", "lrsa 4x"])
+def test_wrong_decoding_gets_no_time(engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = decode.attend
+
+    def wrong(query, key, value, valid, *rest):
+        out = right(query, key, value, valid, *rest)
+        return out if (valid is None) != (engine == "dense") else out * 1.01  # a sparse cache says which slots count
+
+    monkeypatch.setattr(decode, "attend", wrong)
+    rows = list(generate.run(configured(tmp_path, *GENERATE), torch.device("cpu")))
+    assert {row["engine"]: row["gate"] for row in rows} == {"dense": "passed", "lrsa 4x": "passed"} | {engine: "FAILED"}
+    shown = report("generate", {"model": {"name": "x", "dtype": "y"}}, rows, "cpu").rows
+    for row, cells in zip(rows, shown, strict=True):
+        assert ("decode" in row) == (row["engine"] != engine) == ("WRONG" not in cells[4])
+
+
+def test_a_cell_that_does_not_fit_is_recorded_and_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self, cache, rows):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 17 GiB")
+
+    def broken(self, model, backend="auto"):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(engines.Dense, "repeat", full)
+    monkeypatch.setattr(engines.Sparse, "attach", broken)
+    record = bench.run(configured(tmp_path, *GENERATE, "batches=[2]"))
+    found = [(row["engine"], row["batch"], row.get("failed")) for row in record.metrics["rows"]]
+    assert found == [
+        ("dense", 1, None),
+        ("dense", 2, "out of memory"),
+        ("lrsa 4x", None, "RuntimeError: no such kernel"),
+    ]
+    shown = report("generate", record.config, record.metrics["rows"], "cpu").to_markdown()
+    assert "out of memory" in shown and "no such kernel" in shown
+
+
+def test_the_largest_batch_is_tried_downwards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+    right = engines.Dense.repeat
+
+    def up_to_three(self, cache, rows):
+        tried.append(rows)
+        if rows > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        right(self, cache, rows)
+
+    monkeypatch.setattr(engines.Dense, "repeat", up_to_three)
+    monkeypatch.setattr(filled.Filled, "most_rows", lambda self: 5)
+    rows = list(generate.run(configured(tmp_path, *GENERATE), torch.device("cpu")))
+    assert tried == [5, 4, 3]
+    assert [(row["engine"], row["batch"], row.get("largest", False)) for row in rows] == [
+        ("dense", 1, False), ("dense", 3, True), ("lrsa 4x", 1, False), ("lrsa 4x", 3, False), ("lrsa 4x", 5, True),
+    ]  # fmt: skip
+    assert rows[-1]["against_batch"] == 3  # its largest against dense's
+
+
+def test_a_run_that_breaks_off_keeps_what_it_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def one_row(conf, device):
+        yield {"length": 1, "lag": None, "engine": "dense", "batch": 1, "failed": "out of memory"}
+        assert json.loads((tmp_path / "record.json").read_text())["status"] == "running"
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(bench.MODES, "generate", one_row)
+    with pytest.raises(KeyboardInterrupt):
+        bench.run(configured(tmp_path, *GENERATE))
+    kept = json.loads((tmp_path / "record.json").read_text())
+    assert kept["status"] == "failed" and len(kept["metrics"]["rows"]) == 1
+
+
+def test_the_dense_rival_refuses_pads() -> None:
+    query = torch.zeros(1, 2, 1, 8)
+    with pytest.raises(ValueError, match="no pads"):
+        dense.attention(torch.nn.Module(), query, query, query, torch.ones(1, 1))
+
+
+def test_the_large_model_is_made_on_its_device_in_its_dtype(tmp_path: Path) -> None:
+    conf = configured(tmp_path, "mode=generate", "model=llama3_8b_random").model
+    with torch.device("meta"):
+        model = build_model(conf, None)
+    assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.bfloat16)}
+    assert sum(p.numel() for p in model.parameters()) == 8_030_261_248
+    assert engines.weight_bytes(model) == 2 * (8_030_261_248 - 128256 * 4096)
+    assert engines.bytes_per_slot(model) == 2 * 32 * 8 * 128 * 2
 
 
 def test_functions_take_turns() -> None:

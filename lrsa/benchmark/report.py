@@ -84,4 +84,67 @@ def _step(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], device: 
     return Report(title, ["T", "L", "keep", "ms a step", "sparse / dense", "tokens/s", "peak GiB"], table)
 
 
-REPORTS = {"kernels": _kernels, "step": _step}
+def _generate(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], device: str) -> Report:
+    """Prefill of one row, and decode steps at each batch; gains are over dense, with what the bytes moved predict."""
+    model = config["model"]
+    kernels = {f"{row['kernels']['decode']} (decode)" for row in rows if "kernels" in row}
+    kernels |= {f"{row['kernels']['prefill']} (prefill, {row['engine']})" for row in rows if "kernels" in row}
+    title = f"Generation, {model['name']}, {model['dtype']}, {device}; kernels: {', '.join(sorted(kernels)) or '-'}"
+    table = [_generate_row(row) for row in rows]
+    return Report(title, list(GENERATE_COLUMNS), table)
+
+
+GENERATE_COLUMNS = (
+    "T", "L", "engine", "batch", "error", "prefill s", "gain", "GiB", "ms a step", "tokens/s", "gain", "bytes say",
+    "cache GiB", "slots", "peak GiB",
+)  # fmt: skip
+
+
+def _generate_row(row: Mapping[str, Any]) -> list[str]:
+    cells = [f"{row['length']:,}", _or_dash(row["lag"]), row["engine"], _or_dash(row["batch"])]
+    if "failed" in row:
+        return _padded([*cells, row["failed"].splitlines()[0]])
+    if row["gate"] != "passed":
+        kind = "error" if "error" in row else "exact_error"  # the float32 gate comes first
+        return _padded([*cells, f"{_error(row[kind])} > {_error(row[f'allowed_{kind}'])}: WRONG"])
+    cells.append(f"{_error(row['error'])} < {_error(row['allowed_error'])}")
+    decode, cache = row["decode"], row["cache"]
+    if "prefill" in row:
+        prefill = row["prefill"]
+        cells += [f"{prefill['ms']['median'] / 1e3:.3g}", _gain(row, "prefill_speedup"), _gib(prefill["peak_memory"])]
+    else:
+        cells += ["", "", ""]
+    against = "" if row.get("against_batch") in (None, row["batch"]) else f" (batch {row['against_batch']})"
+    return [
+        *cells,
+        f"{decode['ms']['median']:.3g}" + ("" if decode["graphed"] else " (no graph)"),
+        f"{decode['tokens_per_second']:,.0f}",
+        _gain(row, "speedup") + against,
+        _gain(row, "predicted_speedup"),
+        _gib(cache["bytes"] + cache["buffer_bytes"]),
+        f"{cache['slots']:,.0f}",
+        _gib(decode["peak_memory"]),
+    ]
+
+
+def _padded(cells: list[str]) -> list[str]:
+    return [*cells, *[""] * (len(GENERATE_COLUMNS) - len(cells))]
+
+
+def _error(value: float | None) -> str:
+    return "not a number" if value is None else f"{value:.0e}"  # a record has no infinities
+
+
+def _or_dash(value: int | None) -> str:
+    return "-" if value is None else str(value)
+
+
+def _gain(row: Mapping[str, Any], name: str) -> str:
+    return f"{row[name]:.2f}x" if name in row else ""
+
+
+def _gib(count: int | None) -> str:
+    return "-" if count is None else f"{count / 2**30:.3g}"
+
+
+REPORTS = {"kernels": _kernels, "step": _step, "generate": _generate}

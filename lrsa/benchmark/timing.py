@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -31,7 +32,7 @@ def compare(functions: Mapping[str, Callable[[], object]], rounds: int, device: 
     for _ in range(rounds):
         for name, function in functions.items():
             samples[name].append(_milliseconds(function, device))
-    return {name: _summary(values) for name, values in samples.items()}
+    return {name: summary(values) for name, values in samples.items()}
 
 
 def peak_memory(function: Callable[[], object], device: torch.device) -> int | None:
@@ -44,6 +45,35 @@ def peak_memory(function: Callable[[], object], device: torch.device) -> int | N
     function()
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
+
+
+def reset_peak(device: torch.device) -> None:
+    """Begin to watch for the most bytes allocated, see `peak`."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak(device: torch.device) -> int | None:
+    """Most bytes allocated since `reset_peak`, what was there before included; None on the CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+def consecutive(function: Callable[[], object], count: int, device: torch.device) -> list[float]:
+    """Milliseconds from the start of each of ``count`` calls to the start of the next; nothing waits in between."""
+    if device.type != "cuda":
+        times = [time.perf_counter()]
+        for _ in range(count):
+            function()
+            times.append(time.perf_counter())
+        return [1e3 * (after - before) for before, after in pairwise(times)]
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+    events[0].record()
+    for event in events[1:]:
+        function()
+        event.record()
+    torch.cuda.synchronize(device)
+    return [before.elapsed_time(after) for before, after in pairwise(events)]
 
 
 def _milliseconds(function: Callable[[], object], device: torch.device) -> float:
@@ -60,7 +90,8 @@ def _milliseconds(function: Callable[[], object], device: torch.device) -> float
     return (time.perf_counter() - begin) * 1e3
 
 
-def _summary(values: list[float]) -> Timing:
+def summary(values: list[float]) -> Timing:
+    """Of samples in ms."""
     if len(values) < 2:
         return Timing(values[0], values[0], values[0], len(values))
     low, median, high = statistics.quantiles(values, n=4)
