@@ -226,7 +226,7 @@ def test_prefill_chunk_size_of_generate_gives_the_same_or_is_refused(model):
 def test_assisted_decoding_is_refused(model):
     with pytest.raises(
         ValueError, match=r"assisted decoding|compressed history"
-    ):  # the latter on 5.2, which never asks
+    ):  # 5.2 never asks
         model.generate(
             tokens(1, 40), past_key_values=new_cache(model), do_sample=False, max_new_tokens=30, eos_token_id=2,
             prompt_lookup_num_tokens=3,
