@@ -238,7 +238,7 @@ class BenchConf:
     compressions: list[float] = field(default_factory=lambda: [4])
     sink_size: int = 16
     scorer: str = "lag_relative"
-    backends: list[str] = field(default_factory=lambda: ["gather"])
+    backends: list[str] = field(default_factory=lambda: ["gather"])  # mode=generate: [0] makes the gate's one pass
     batch_size: int = 1
     query_heads: int = 9
     key_value_heads: int = 3

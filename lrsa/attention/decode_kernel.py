@@ -162,6 +162,7 @@ def attend(
     """`lrsa.attention.decode.attend` on Triton; the arguments are checked there."""
     batch, heads, slots, dim = key.shape
     group = query.shape[1] // heads
+    query = query if query.stride(-1) == 1 else query.contiguous()
     out = torch.empty((batch, query.shape[1], 1, dim), dtype=query.dtype, device=query.device)
     if batch == 0 or slots == 0:
         return out.zero_()

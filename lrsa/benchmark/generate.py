@@ -114,7 +114,8 @@ class _Cells:
             return
         row["kernels"] = engine.kernels(self.model, self.length)
         ids = random_tokens(self.model, self.length + self.gate_steps, seed)
-        expected = one_pass(self.model, engine, ids, self.gate_steps + 1, "gather")
+        row["reference"] = self.conf.backends[0]
+        expected = one_pass(self.model, engine, ids, self.gate_steps + 1, row["reference"])
         filled = Filled(engine, self.model, ids[:, : self.length], self.capacity, self.device)
         logits, prefill = filled.timed(self.conf.rounds)
         errors = [relative_error(logits, expected[:1])]
