@@ -244,6 +244,8 @@ class BenchConf:
     key_value_heads: int = 3
     head_dim: int = 64
     rounds: int = 5
+    # of mode=generate: dense, lrsa (at each of `compressions`), kvpress/<Press> (likewise)
+    engines: list[str] = field(default_factory=lambda: ["dense", "lrsa"])
     decode_steps: int = 256  # of mode=generate, at least; whole chunks are timed
     batches: list[int] = field(default_factory=list)  # of mode=generate, besides 1 and the largest that fits
     largest_batch: bool = True  # also measure it; CUDA alone

@@ -1,4 +1,4 @@
-"""Small random models of every architecture that `lrsa.attention.huggingface.ARCHITECTURES` names, shared by the tests."""
+"""Small random models of each of `lrsa.attention.huggingface.ARCHITECTURES`, shared by the tests."""
 
 from __future__ import annotations
 

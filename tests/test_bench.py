@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import importlib.util
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -15,7 +19,7 @@ from omegaconf import OmegaConf
 
 from lrsa import bench
 from lrsa.attention import SparseAttentionConfig, decode
-from lrsa.benchmark import dense, engines, filled, generate, kernels
+from lrsa.benchmark import dense, engines, filled, generate, kernels, peers
 from lrsa.benchmark.report import report
 from lrsa.benchmark.timing import compare
 from lrsa.config import BenchConf, config_dir
@@ -103,6 +107,43 @@ def test_generation_is_gated_timed_and_recorded(tmp_path: Path) -> None:
     assert dense["cache"]["bytes"] == 2 * dense["cache"]["tokens"] * slot
     shown = report("generate", record.config, rows, "cpu")
     assert all(len(row) == len(shown.columns) for row in shown.rows) and "(no graph)" in shown.to_markdown()
+
+
+def test_a_peer_is_measured_as_it_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for kvpress, which wants an older transformers than this environment has."""
+
+    @dataclasses.dataclass
+    class HalfPress:
+        compression_ratio: float = 0.0
+        lag_size: int = 1
+
+        @contextlib.contextmanager
+        def __call__(self, model):
+            yield
+
+    module = types.ModuleType("kvpress")
+    module.HalfPress = HalfPress  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "kvpress", module)
+    record = bench.run(configured(tmp_path, *GENERATE, "engines=[dense,kvpress/HalfPress]"))
+    dense, peer = record.metrics["rows"]
+    assert (peer["engine"], peer["batch"], peer["gate"]) == ("kvpress/HalfPress 4x", 1, "none")
+    assert peer["cache"]["slots"] == peer["cache"]["tokens"] == 120 + 3 + 8  # this press removes nothing
+    assert peer["decode"]["steps"] == 8 and peer["speedup"] > 0 and peer["prefill_speedup"] > 0
+    shown = report("generate", record.config, [dense, peer], "cpu").rows[1]
+    assert shown[4] == "another rule" and "(no graph)" in shown[8]
+    press = peers.build_press("kvpress/HalfPress", 4, 16, 128)
+    assert (press.compression_ratio, press.lag_size) == (0.75, 128)
+
+
+@pytest.mark.parametrize(
+    ("engine", "message"),
+    [("vllm", "'vllm' is unknown: choose of dense, lrsa"), ("kvpress/LagKVPress", "environment of its own")],
+)
+def test_an_engine_that_cannot_be_had_is_refused_at_once(engine: str, message: str, tmp_path: Path) -> None:
+    if importlib.util.find_spec("kvpress") is not None:
+        pytest.skip("kvpress is here")
+    with pytest.raises(ValueError, match=message):
+        bench.run(configured(tmp_path, *GENERATE, f"engines=[{engine}]"))
 
 
 @pytest.mark.parametrize("engine", ["dense", "lrsa 4x"])

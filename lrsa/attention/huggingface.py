@@ -39,8 +39,8 @@ def attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
+    dropout: float = 0.0,  # in the order of transformers' sdpa: kvpress, which wraps all attentions, passes it by place
     scaling: float | None = None,
-    dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: ``[B, heads, T, D]`` in, ``([B, T, Hq, D], None)`` out.

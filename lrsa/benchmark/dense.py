@@ -36,8 +36,8 @@ def attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
+    dropout: float = 0.0,  # in the order of transformers' sdpa: kvpress, which wraps all attentions, passes it by place
     scaling: float | None = None,
-    dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface; ``key``, ``value`` are the whole storage ``[B, H, N, D]``."""

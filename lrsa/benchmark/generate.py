@@ -6,13 +6,15 @@ holds, and prefill's memory shall not decide how many rows fit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 import torch
 
 from lrsa.attention import SparseAttentionConfig
+from lrsa.benchmark import peers
 from lrsa.benchmark.engines import Dense, Engine, Sparse, bytes_per_slot, weight_bytes
 from lrsa.benchmark.filled import Filled, free_memory, is_out_of_memory, raise_out_of_memory
 from lrsa.benchmark.gate import (
@@ -32,6 +34,7 @@ from lrsa.config import BenchConf
 from lrsa.models import build_model
 
 Row = dict[str, Any]
+OWN_ENGINES = ("dense", "lrsa")
 SKIPPED_STEPS = 3  # after a capture, not timed
 
 
@@ -40,6 +43,7 @@ def run(conf: BenchConf, device: torch.device) -> Iterator[Row]:
 
     A cell that fails, or does not fit, is a row with its reason under ``failed``; the others go on.
     """
+    check_engines(conf.engines)
     torch.manual_seed(conf.run.seed)
     if conf.model.config is not None:
         with torch.device(device):  # a large model's fresh weights never see the CPU
@@ -56,11 +60,28 @@ def run(conf: BenchConf, device: torch.device) -> Iterator[Row]:
             except Exception as error:
                 yield cells.about(engine) | {"batch": None, "failed": _reason(error)}
             free_memory(device)
+        for name, compression in product(filter(_is_peer, conf.engines), conf.compressions):
+            yield cells.measure_peer(name, compression)
+            free_memory(device)
+
+
+def check_engines(engines: Sequence[str]) -> None:
+    """Raise ValueError for a name that is none, or a peer that cannot be had here."""
+    for name in engines:
+        if _is_peer(name):
+            peers.check(name)
+        elif name not in OWN_ENGINES:
+            raise ValueError(f"engines: {name!r} is unknown: choose of {', '.join(OWN_ENGINES)}, kvpress/<Press>")
+
+
+def _is_peer(name: str) -> bool:
+    return name.startswith(peers.PREFIX)
 
 
 def _engines(conf: BenchConf) -> Iterator[Engine]:
-    yield Dense()  # first: the others are compared with it
-    for lag in conf.lags:
+    if "dense" in conf.engines:
+        yield Dense()  # first: the others are compared with it
+    for lag in conf.lags if "lrsa" in conf.engines else ():
         for compression in conf.compressions:
             config = SparseAttentionConfig(
                 scorer=conf.scorer, sink_size=conf.sink_size, lag_size=lag, keep_ratio=1 / compression
@@ -104,6 +125,17 @@ class _Cells:
             "compression": engine.compression,
         }
 
+    def measure_peer(self, name: str, compression: float) -> Row:
+        """One row at batch 1, as the peer generates by itself."""
+        row: Row = {"length": self.length, "engine": f"{name} {compression:g}x", "lag": max(self.conf.lags)}
+        row["compression"] = compression
+        try:
+            ids = random_tokens(self.model, self.length, self.conf.run.seed)
+            row |= peers.measure(name, compression, self.model, ids, self.conf, self.device)
+        except Exception as error:
+            return row | {"batch": 1, "failed": _reason(error)}
+        return self._compared(compression, row)
+
     def measure(self, engine: Engine) -> Iterator[Row]:
         """Gate, prefill, then a row for each batch, from one row to the most that fit."""
         seed, lag = self.conf.run.seed, max(self.conf.lags)
@@ -129,7 +161,7 @@ class _Cells:
             row["gate"] = "passed"
             first = self._decoded(engine, filled, step)
         del step, logits, expected
-        yield self._compared(engine, row | {"prefill": prefill} | first)
+        yield self._compared(engine.compression, row | {"prefill": prefill} | first)
         yield from self._larger(engine, filled, row)
 
     def _larger(self, engine: Engine, filled: Filled, row: Row) -> Iterator[Row]:
@@ -142,7 +174,7 @@ class _Cells:
                 yield row | {"batch": batch, "failed": _reason(error)}
                 continue
             done = batch
-            yield self._compared(engine, cell)
+            yield self._compared(engine.compression, cell)
         batch = filled.most_rows() if self.conf.largest_batch else 0
         while batch > done:
             try:
@@ -150,7 +182,7 @@ class _Cells:
             except torch.OutOfMemoryError:
                 batch -= max(1, batch // 32)
                 continue
-            yield self._compared(engine, cell | {"largest": True})
+            yield self._compared(engine.compression, cell | {"largest": True})
             return
 
     def _at_batch(self, engine: Engine, filled: Filled, batch: int) -> Row:
@@ -190,11 +222,11 @@ class _Cells:
         cache = engine.held(filled.cache) | {"tokens": filled.tokens()}
         return {"batch": batch, "decode": decode, "cache": cache, "bytes_per_step": read}
 
-    def _compared(self, engine: Engine, cell: Row) -> Row:
+    def _compared(self, compression: float | None, cell: Row) -> Row:
         """``cell`` with its speed-up over dense at the same batch, else at dense's largest, and what the bytes say."""
-        if engine.compression is None:
+        if compression is None:
             self.rivals[cell["batch"]] = cell
-        if engine.compression is None or not self.rivals:
+        if compression is None or not self.rivals:
             return cell
         rival = self.rivals[cell["batch"] if cell["batch"] in self.rivals else max(self.rivals)]
         moved = [sum(x["bytes_per_step"].values()) / x["batch"] for x in (rival, cell)]  # a token

@@ -93,6 +93,7 @@ class SparseKVCache(Cache):
         self._real = torch.ones((0, 0), dtype=torch.bool)  # [B, columns] on the CPU: which of them were tokens
         self._step: Step | None = None
         self._pending: int | None = None  # layer whose keys are on their way to the attention function
+        self._advancing = False  # between two static steps
         self._verify = True  # look at the next positions, even if that makes the host wait for the device
         self._scale = 1.0
         self._static: StaticRows | None = None
@@ -133,7 +134,12 @@ class SparseKVCache(Cache):
                 "Load the model with lrsa.models.load_model(name, attention=...) or call set_attention; then reset() "
                 "the cache and feed the prompt anew"
             )
-        if self._step is not None and layer_idx in self._step.attended:
+        if self._advancing:
+            raise RuntimeError(
+                "compression was interrupted between two steps (an exception, out of memory, Ctrl-C): the cache holds "
+                "half of it. reset() the cache and feed the prompt anew"
+            )
+        if self._step is not None and (layer_idx < 0 or layer_idx in self._step.attended):
             missing = sorted({layer.layer_idx for layer in self._sparse} - self._step.attended)
             raise RuntimeError(
                 f"the last forward pass ended before layers {missing} (an exception, out of memory, Ctrl-C): the cache "
@@ -248,13 +254,16 @@ class SparseKVCache(Cache):
     def advance(self) -> None:
         """One token was read in every row (after a static pass): count it, compress what is due."""
         assert self._static is not None, "advance() belongs between begin_static() and end_static()"
+        self._refuse_if_interrupted(-1)
         step = Step(self.lengths, 1, None)
         if max(step.after) > (self.max_tokens or 0):
             raise ValueError(f"a row comes to {max(step.after)} tokens, more than max_tokens={self.max_tokens}")
+        self._advancing = True  # an exception from here on leaves it so, and the cache refuses further use
         for layer in self._sparse:
             layer.compress_due(step, self._scale)
             layer.columns += 1
         self._commit(step)
+        self._advancing = False
         self._static.follow(step)
 
     def _attend_static(self, layer: SparseLayer, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:

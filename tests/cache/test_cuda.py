@@ -1,4 +1,4 @@
-"""On a GPU, in bfloat16: the cache errs no more against the mask form than twice what dense attention errs by itself."""
+"""On a GPU, in bfloat16: the cache errs no more against the mask form than twice what dense attention itself errs."""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ from transformers import DynamicCache, StaticCache
 
 from lrsa.attention import SparseAttentionConfig
 from lrsa.cache import SparseKVCache, layer
+from lrsa.cache.graphed import GraphedStep
 from lrsa.models import get_attention, set_attention
 from tests.architectures import model_of, tokens
 from tests.cache.feeding import feed, kept, left_padded, new_cache, parallel
@@ -131,6 +132,29 @@ def test_an_interrupted_cache_refuses_further_use(model, monkeypatch, kind, wher
     torch.testing.assert_close(feed(model, cache, ids, 30), parallel(model, ids), **NEAR)
 
 
+@pytest.mark.parametrize("at", [0, 2])
+def test_an_interrupted_compression_between_static_steps_is_noticed(model, monkeypatch, at):
+    ids, cache = tokens(1, 35), new_cache(model, 60)
+    feed(model, cache, ids[:, :34], 34)  # the next token completes a chunk
+    real = layer.SparseLayer.compress_due
+
+    def fail(self, *args):
+        if self.layer_idx == at:
+            raise KeyboardInterrupt
+        return real(self, *args)
+
+    monkeypatch.setattr(layer.SparseLayer, "compress_due", fail)
+    with pytest.raises(KeyboardInterrupt), GraphedStep(model, cache) as step:
+        step(ids[:, 34])
+    monkeypatch.undo()
+    with pytest.raises(RuntimeError, match="reset"):
+        feed(model, cache, ids[:, 34:], 1)
+    with pytest.raises(RuntimeError, match="reset"):
+        cache.begin_static()
+    cache.reset()
+    torch.testing.assert_close(feed(model, cache, ids, 35), parallel(model, ids), **NEAR)
+
+
 def test_an_exception_between_layers_is_noticed(model, monkeypatch):
     ids, cache = tokens(1, 30), new_cache(model)
 
@@ -224,9 +248,7 @@ def test_prefill_chunk_size_of_generate_gives_the_same_or_is_refused(model):
 
 
 def test_assisted_decoding_is_refused(model):
-    with pytest.raises(
-        ValueError, match=r"assisted decoding|compressed history"
-    ):  # 5.2 never asks
+    with pytest.raises(ValueError, match=r"assisted decoding|compressed history"):  # 5.2 never asks
         model.generate(
             tokens(1, 40), past_key_values=new_cache(model), do_sample=False, max_new_tokens=30, eos_token_id=2,
             prompt_lookup_num_tokens=3,
