@@ -23,7 +23,7 @@ import hashlib
 import logging
 import warnings
 from collections.abc import Iterator
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -34,10 +34,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lrsa.attention import SparseAttentionConfig
 from lrsa.evaluation.errors import EvaluationInputError, TruncationWarning
+from lrsa.evaluation.lm_eval_args import choose_attention, choose_dtype
 from lrsa.evaluation.measured import MeasuredCache
 from lrsa.models import get_attention, load_model, load_tokenizer, make_cache, set_attention
 
-DTYPES = ("float32", "bfloat16", "float16")
 _OWN = (
     "pretrained",
     "tokenizer",
@@ -115,7 +115,7 @@ class LRSALM(HFLM):
                 name,
                 gguf_file=gguf_file,
                 revision=revision,
-                dtype=_dtype(dtype),
+                dtype=choose_dtype(dtype),
                 rope_scaling=rope_scaling,
                 backend=backend,
             )
@@ -243,61 +243,6 @@ class LRSALM(HFLM):
                 TruncationWarning,
                 stacklevel=4,
             )
-
-
-def choose_attention(
-    stored: SparseAttentionConfig | None, attention: str = "stored", compression: float | None = None, **wanted: Any
-) -> SparseAttentionConfig | None:
-    """`wanted` fields over `stored` ones; None, dense attention, for `attention="dense"` and compression 1.
-
-    Another scorer than the stored one starts from its own default arguments.
-
-    Raises:
-        EvaluationInputError: an unknown `attention`, or arguments that contradict each other.
-        ValueError: as `SparseAttentionConfig`.
-    """
-    if attention not in ("stored", "dense"):
-        raise EvaluationInputError(
-            f"attention={attention!r} is unknown: stored or dense; a rule is named by scorer=..."
-        )
-    asked = [name for name, value in (("compression", compression), *wanted.items()) if value is not None]
-    if attention == "dense":
-        if asked:
-            raise EvaluationInputError(f"attention=dense has no {', '.join(asked)}: leave these out, or attention")
-        return None
-    amounts = [name for name in asked if name in ("compression", "keep_ratio", "top_k")]
-    if len(amounts) > 1:
-        raise EvaluationInputError(f"{' and '.join(amounts)} all say how much is kept: give one of them")
-    if not asked:
-        return stored
-    base = stored or SparseAttentionConfig()
-    if amounts:
-        base = replace(base, keep_ratio=None, top_k=None)
-    if wanted.get("scorer", base.scorer) != base.scorer:
-        base = replace(base, scorer=wanted["scorer"], scorer_args={})
-    if "dense_layers" in wanted:
-        wanted["dense_layers"] = _numbers(wanted["dense_layers"])
-    chosen = replace(base, **wanted)
-    return chosen if compression is None else chosen.with_compression(compression)
-
-
-def _numbers(value: Any) -> tuple[int, ...]:
-    """`0:-1` of an argument string, a number, or a sequence of numbers."""
-    try:
-        return tuple(int(item) for item in (str(value).split(":") if isinstance(value, str | int) else value))
-    except ValueError as error:
-        raise EvaluationInputError(
-            f"dense_layers={value!r}: layer numbers with a colon between, such as 0:-1"
-        ) from error
-
-
-def _dtype(value: str | torch.dtype) -> torch.dtype:
-    name = str(value).removeprefix("torch.")
-    if name not in DTYPES:
-        raise EvaluationInputError(f"dtype={name!r} is unknown; choose one of {', '.join(DTYPES)}")
-    found = getattr(torch, name)
-    assert isinstance(found, torch.dtype)
-    return found
 
 
 def _rows(cache: Any) -> int:

@@ -16,7 +16,8 @@ from lrsa.attention import SparseAttentionConfig
 from lrsa.data import Sample
 from lrsa.evaluation import generate_answers
 from lrsa.evaluation.errors import EvaluationInputError, TruncationWarning
-from lrsa.evaluation.lm_eval_model import LRSALM, choose_attention
+from lrsa.evaluation.lm_eval_args import choose_attention
+from lrsa.evaluation.lm_eval_model import LRSALM
 from lrsa.models import get_attention, load_model, set_attention
 
 LAG = SparseAttentionConfig(sink_size=4, lag_size=32, keep_ratio=0.25)
