@@ -23,6 +23,9 @@ OLD_VENV := .venv-transformers-$(OLD_TRANSFORMERS)
 OLD_UNPINNED := transformers|tokenizers|huggingface[_-]hub|hf-xet
 MATRIX_TESTS ?= tests/cache tests/attention/test_huggingface.py tests/test_models.py tests/evaluation tests/training
 
+# -- make test-peers
+PEERS_VENV := .venv-peers
+
 # -- make bundle
 PYTHON_VERSION ?= 3.12
 PLATFORM ?= manylinux_2_28_x86_64
@@ -33,13 +36,14 @@ DATA ?=
 EXTRAS ?=
 SPLIT_MB ?=
 
-.PHONY: help venv demo test test-slow test-matrix check format model bundle clean
+.PHONY: help venv demo test test-slow test-matrix test-peers check format model bundle clean
 
 help:
 	@echo 'make demo        post-train a small model with and without LRSA, print the table (CPU, no network needed once installed)'
 	@echo 'make test        tests, without the slow ones'
 	@echo 'make test-slow   the slow tests alone'
 	@echo 'make test-matrix the tests of what touches transformers, on the oldest that is supported, in a second environment'
+	@echo 'make test-peers  our rules against kvpress, in an environment of its own'
 	@echo 'make check       ruff, mypy, import order'
 	@echo 'make format      let ruff rewrite the sources'
 	@echo 'make model       SmolLM2-135M-Instruct into models/'
@@ -86,6 +90,19 @@ $(OLD_VENV)/.installed: pyproject.toml constraints.txt
 	  -e '.[dev]' 'transformers==$(OLD_TRANSFORMERS)'
 	@touch $@
 
+# kvpress, in an environment of its own: it needs transformers < 5.3 and pandas < 3, where pip finds the rest by itself.
+test-peers: $(PEERS_VENV)/.installed
+	$(PEERS_VENV)/bin/python -m pytest -q tests/attention/test_kvpress.py
+
+$(PEERS_VENV)/.installed: pyproject.toml constraints.txt
+	@test -x $(PEERS_VENV)/bin/python || $(PYTHON) -m venv $(PEERS_VENV)
+	@grep -i '^torch==' constraints.txt > $(PEERS_VENV)/constraints.txt
+	@echo 'installing kvpress, lrsa and what they need into $(PEERS_VENV) (some minutes)'
+	@$(PEERS_VENV)/bin/python -m pip install -qq --disable-pip-version-check $(PIP_ARGS) -c $(PEERS_VENV)/constraints.txt torch
+	@$(PEERS_VENV)/bin/python -m pip install -qq --disable-pip-version-check $(PIP_ARGS) -c $(PEERS_VENV)/constraints.txt \
+	  -e '.[dev,peers]'
+	@touch $@
+
 # All four run, whatever the first one says.
 check: $(STAMP)
 	@status=0; for step in 'ruff check .' 'ruff format --check .' 'mypy' 'python -m pytest -q tests/test_architecture.py'; do \
@@ -104,4 +121,4 @@ bundle: $(STAMP)
 	  $(if $(DATA),--data $(DATA)) $(if $(SPLIT_MB),--split-mb $(SPLIT_MB))
 
 clean:
-	rm -rf $(VENV) $(OLD_VENV) dist build .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(OLD_VENV) $(PEERS_VENV) dist build .mypy_cache .pytest_cache .ruff_cache

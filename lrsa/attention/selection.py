@@ -153,6 +153,7 @@ def partition(
         positions=positions,
         layer_idx=layer_idx,
         scale=scale,
+        kept=geometry.kept,
     )
 
 

@@ -15,7 +15,7 @@ from tests.attention.tensors import random_inputs
 @pytest.mark.parametrize(
     ("values", "parts"),
     [
-        ({"scorer": "snapkv2"}, ["'snapkv2'", "lag_relative, random, recency, tova"]),
+        ({"scorer": "snapkv2"}, ["'snapkv2'", "lag_relative, random, recency, snapkv, tova"]),
         ({"scorer_args": {"seed": 1}}, ["'lag_relative'", "['seed']", "value_weight"]),
         ({"scorer": "tova", "scorer_args": {"seed": 1}}, ["'tova'", "['seed']", "none"]),
         ({"keep_ratio": 0.0}, ["keep_ratio=0.0", "(0, 1]", "top_k=0"]),

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, fields
+from pathlib import Path
 
 import pytest
 import torch
 
 from lrsa.attention import SparseAttentionConfig, kept_tokens, sparse_attention
+from lrsa.attention import scorers as scorers_package
 from lrsa.attention.layout import Geometry
-from lrsa.attention.scorers import SCORERS, Partitions, build_scorer
+from lrsa.attention.scorers import SCORERS, Partitions, Scorer, build_scorer
 from lrsa.attention.scorers.random import mix32
 from lrsa.attention.selection import partition
+from lrsa.models import set_attention
+from tests.architectures import model_of, tokens
 from tests.attention.tensors import random_inputs
+from tests.cache.feeding import feed, new_cache, parallel
 
 scorers = pytest.mark.parametrize("name", sorted(SCORERS))
 GEOMETRY = Geometry(sink=3, lag=8, kept=3, chunk=8)
@@ -51,7 +57,7 @@ def test_scores_of_a_partition_ignore_the_others(name):
 @scorers
 def test_it_says_where_it_comes_from_and_takes_no_unknown_argument(name):
     assert SCORERS[name].__doc__
-    assert name == "random" or SCORERS[name].paper.startswith("https://arxiv.org/abs/")
+    assert name in ("random", "uniform") or SCORERS[name].paper.startswith("https://arxiv.org/abs/")
     with pytest.raises(ValueError, match=rf"scorer '{name}' takes no \['wrong'\]"):
         build_scorer(name, {"wrong": 1})
 
@@ -77,7 +83,7 @@ def test_lag_relative_by_hand():
     """L 2, D 2. Lag ranges: channel 0 [0, 4], channel 1 constant. x = (4, 9) scales to (1, 0), (2, 9) to (0.5, 0)."""
     lag = torch.tensor([[0.0, 7.0], [4.0, 7.0]])
     x = torch.tensor([[4.0, 9.0], [2.0, 9.0]])
-    parts = Partitions(*(t.view(1, 1, 1, 2, 2) for t in (x, x, lag, lag)), None, torch.tensor([[0, 1]]), 0, 1.0)
+    parts = Partitions(*(t.view(1, 1, 1, 2, 2) for t in (x, x, lag, lag)), None, torch.tensor([[0, 1]]), 0, 1.0, 1)
     deviations = [math.sqrt(0.5), math.sqrt(0.125)]
     weight = math.exp(deviations[0]) / sum(map(math.exp, deviations))
     expected = torch.tensor([weight, 1 - weight])
@@ -149,7 +155,7 @@ def test_random_is_uniform():
     """16,000 draws of 4 in 16: every place in a partition within 4 standard deviations of its share."""
     parts = torch.zeros(1, 16, 1000, 16, 1)
     positions = torch.arange(16000).view(1000, 16)
-    scores = SCORERS["random"]()(Partitions(parts, parts, parts, parts, None, positions, 0, 1.0))
+    scores = SCORERS["random"]()(Partitions(parts, parts, parts, parts, None, positions, 0, 1.0, 4))
     assert scores.min() >= 0 and scores.max() < 1
     assert scores.mean() == pytest.approx(0.5, abs=0.005)
     chosen = torch.zeros_like(scores).scatter_(-1, scores.topk(4).indices, 1.0).mean((0, 1, 2))
@@ -189,7 +195,7 @@ def test_recency_with_nothing_kept_is_streaming_llm():
 def test_recency_is_exact_at_positions_that_float32_cannot_tell_apart():
     parts = torch.zeros(1, 1, 1, 4, 1)
     positions = torch.arange(2**24 + 1, 2**24 + 5).view(1, 4)
-    scores = SCORERS["recency"]()(Partitions(parts, parts, parts, parts, None, positions, 0, 1.0))
+    scores = SCORERS["recency"]()(Partitions(parts, parts, parts, parts, None, positions, 0, 1.0, 4))
     assert scores[0, 0, 0].diff().gt(0).all()
 
 
@@ -224,3 +230,145 @@ def test_scores_do_not_depend_on_autocast(backend):
             out = sparse_attention(query, key, value, config, backend=backend)
         given = sparse_attention(query, key, value, config, kept=kept, backend=backend)
         torch.testing.assert_close(out.float(), given, rtol=0.05, atol=0.03)
+
+
+# ------------------------------------------------------------------ rules that look at attention, in plain loops
+
+
+def observed(name, window, lag=8, seed=0, **args):
+    """Scores of one partition with two query heads a KV head, and plain loops' weights ``[W, 2L]`` of each."""
+    query, key, value = random_inputs(1, 2, 1, 2 * lag, 16, seed=seed)
+    parts = partition(key, value, query, Geometry(0, lag, 3, lag), 1, 0, scale=0.25)
+    weights = []
+    for head in range(2):
+        rows = []
+        for i in range(2 * lag - window, 2 * lag):
+            logits = [float(query[0, head, i] @ key[0, 0, j]) * 0.25 for j in range(i + 1)]
+            total = sum(map(math.exp, logits))
+            rows.append([math.exp(x) / total for x in logits] + [0.0] * (2 * lag - i - 1))
+        weights.append(rows)
+    return SCORERS[name](**args)(parts)[0, 0, 0], torch.tensor(weights)[..., :lag], value[0, 0, :lag]
+
+
+@pytest.mark.parametrize("window", [1, 3, 8])
+def test_snapkv_is_the_mean_weight_over_window_group_and_neighbours(window):
+    scores, weights, _ = observed("snapkv", window, window_size=window, kernel_size=3)
+    mean = weights.mean((0, 1)).tolist()
+    expected = [sum(near) / len(near) for near in (mean[max(0, j - 1) : j + 2] for j in range(8))]
+    torch.testing.assert_close(scores, torch.tensor(expected), rtol=1e-4, atol=1e-6)
+
+
+def test_snapkv_of_a_window_beyond_the_lag_takes_the_lag():
+    torch.testing.assert_close(observed("snapkv", 8, window_size=50)[0], observed("snapkv", 8, window_size=8)[0])
+
+
+@pytest.mark.parametrize(("args", "message"), [({"window_size": 0}, "window_size=0"), ({"kernel_size": 4}, "odd")])
+def test_snapkv_refuses_windows_that_make_no_sense(args, message):
+    with pytest.raises(ValueError, match=message):
+        SparseAttentionConfig(scorer="snapkv", scorer_args=args)
+
+
+def test_h2o_accumulates_over_the_lag():
+    scores, weights, _ = observed("h2o", 8)
+    torch.testing.assert_close(scores, weights.mean((0, 1)), rtol=1e-4, atol=1e-6)
+
+
+def test_tova_is_the_last_row():
+    scores, weights, _ = observed("tova", 1)
+    torch.testing.assert_close(scores, weights.mean((0, 1)), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 0.3])
+@pytest.mark.parametrize("covariance", [True, False])
+def test_expected_attention_by_mean_and_covariance_of_the_queries(covariance, epsilon):
+    """Against the published form, k . mu + k' Sigma k / 2, with the matrix written out."""
+    query, key, value = (x.double() for x in random_inputs(1, 2, 1, 16, 16))
+    parts = partition(key, value, query, Geometry(0, 8, 3, 8), 1, 0, scale=0.25)
+    expected = torch.zeros(8, dtype=torch.float64)
+    for head in range(2):
+        lag, keys = query[0, head, 8:], key[0, 0, :8]
+        mean, sigma = lag.mean(0), torch.cov(lag.T, correction=0)
+        logits = keys @ mean * 0.25
+        if covariance:
+            logits = logits + torch.einsum("id,de,ie->i", keys, sigma, keys) * 0.25**2 / 2
+        expected += logits.softmax(-1) / 2
+    expected = (expected + epsilon) * value[0, 0, :8].norm(dim=-1)
+    found = SCORERS["expected_attention"](epsilon=epsilon, use_covariance=covariance)(parts)[0, 0, 0]
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_long_prompts_are_taken_in_parts(monkeypatch):
+    """A part of the partitions at a time, for memory: the same scores."""
+    from lrsa.attention.scorers import observed as module
+
+    inputs = random_inputs(2, 6, 2, 3 + 9 * 8, 16)
+    for name in ("snapkv", "h2o", "tova", "expected_attention"):
+        whole = build_scorer(name, {})(cut(name, inputs, partitions=8))
+        for most in (1, 2 * 2 * 3 * 8 * 16 * 3):
+            monkeypatch.setattr(module, "MOST_LOGITS", most)
+            torch.testing.assert_close(build_scorer(name, {})(cut(name, inputs, partitions=8)), whole)
+        monkeypatch.undo()
+
+
+# ------------------------------------------------------------------ rules that look at keys or values alone
+
+
+def test_norms_and_keydiff_by_hand():
+    """Keys (3, 4), (0, 1), (-1, 0), (6, 8): norms 5, 1, 1, 10; values (1, -2), (0, 0), (5, 0), (0, 3)."""
+    key = torch.tensor([[3.0, 4.0], [0.0, 1.0], [-1.0, 0.0], [6.0, 8.0]]).view(1, 1, 1, 4, 2)
+    value = torch.tensor([[1.0, -2.0], [0.0, 0.0], [5.0, 0.0], [0.0, 3.0]]).view(1, 1, 1, 4, 2)
+    parts = Partitions(key, value, key, value, None, torch.arange(4)[None], 0, 1.0, 2)
+    assert SCORERS["key_norm"]()(parts).flatten().tolist() == [-5, -1, -1, -10]
+    assert SCORERS["value_norm"]()(parts).flatten().tolist() == [3, 0, 5, 3]
+    mean = (0.6 + 0.0 - 1.0 + 0.6, 0.8 + 1.0 + 0.0 + 0.8)
+    length = math.hypot(*mean)
+    cosines = [(0.6 * mean[0] + 0.8 * mean[1]) / length, mean[1] / length, -mean[0] / length]
+    expected = torch.tensor([-cosines[0], -cosines[1], -cosines[2], -cosines[0]])
+    torch.testing.assert_close(SCORERS["keydiff"]()(parts).flatten(), expected)
+
+
+@pytest.mark.parametrize(
+    ("lag", "kept", "places"),
+    [(8, 2, [3, 7]), (8, 3, [1, 4, 7]), (8, 8, list(range(8))), (7, 1, [6]), (16, 4, [3, 7, 11, 15]), (5, 0, [])],
+)
+def test_uniform_keeps_every_nth(lag, kept, places):
+    _, key, value = random_inputs(1, 2, 2, 3 + 3 * lag, 16)
+    config = SparseAttentionConfig(scorer="uniform", sink_size=3, lag_size=lag, top_k=kept)
+    for p in range(2):
+        own = kept_tokens(key, value, config)[0, 0, 3 + p * lag : 3 + (p + 1) * lag]
+        assert own.nonzero()[:, 0].tolist() == places
+
+
+def test_the_page_of_rules_has_a_row_for_each():
+    page = (Path(scorers_package.__file__).parent / "README.md").read_text(encoding="utf-8")
+    rows = {line.split("`")[1]: line for line in page.splitlines() if line.startswith("| `")}
+    assert set(rows) == set(SCORERS)
+    for name, row in rows.items():
+        scorer = SCORERS[name]
+        assert scorer.paper in row
+        assert row.split("|")[3].strip() == ("yes" if scorer.reads_query else "no")
+        for argument in fields(scorer):
+            assert f"`{argument.name}` {str(argument.default).lower()}" in row
+
+
+def test_a_rule_from_outside_the_package_has_all_forms(monkeypatch):
+    """One class and one registry line: configuration, training form, mask form and cache take it as it is."""
+
+    @dataclass(frozen=True)
+    class Loudest(Scorer):
+        """The token with the largest entry."""
+
+        sign: float = 1.0
+
+        def __call__(self, partitions):
+            return self.sign * partitions.key.float().amax(-1)
+
+    monkeypatch.setitem(SCORERS, "loudest", Loudest)
+    config = SparseAttentionConfig(scorer="loudest", scorer_args={"sign": -1.0}, sink_size=3, lag_size=8, top_k=3)
+    model, ids = model_of("llama", config, backend="reference"), tokens(1, 60)
+    mask_form = parallel(model, ids)
+    set_attention(model, config, backend="gather")
+    torch.testing.assert_close(parallel(model, ids), mask_form, rtol=1e-3, atol=5e-4)
+    torch.testing.assert_close(feed(model, new_cache(model), ids, 7), mask_form, rtol=1e-3, atol=5e-4)
+    with pytest.raises(ValueError, match=r"'loudest' takes no \['loud'\]: its scorer_args are \['sign'\]"):
+        SparseAttentionConfig(scorer="loudest", scorer_args={"loud": 1})

@@ -39,7 +39,7 @@ def _configure(scorer: str, rule: simulation.Rule, **scorer_args) -> SparseAtten
     )  # fmt: skip
 
 
-def _scorer_of_one_partition(name: str, query, key, value, layer: int):
+def _scorer_of_one_partition(name: str, query, key, value, layer: int, kept: int):
     """Any scorer, asked about one partition of one head at a time, with nothing else in its sight."""
     scorer = build_scorer(name, {})
     group = query.shape[1] // key.shape[1]
@@ -55,7 +55,7 @@ def _scorer_of_one_partition(name: str, query, key, value, layer: int):
             key=k[:, :, None, members], value=v[:, :, None, members],
             lag_key=k[:, :, None, lag], lag_value=v[:, :, None, lag],
             lag_query=q[..., lag, :] if scorer.reads_query else None,
-            positions=torch.tensor([members]), layer_idx=layer, scale=query.shape[-1] ** -0.5,
+            positions=torch.tensor([members]), layer_idx=layer, scale=query.shape[-1] ** -0.5, kept=kept,
         )  # fmt: skip
         return scorer(partitions)[0, head, 0].tolist()
 
@@ -111,11 +111,11 @@ def test_recency_in_plain_loops(problem):
     _assert_equal_to_simulation(_configure("recency", rule), rule, inputs, layer, simulation.recency_scores)
 
 
-@settings(deadline=None, max_examples=250, derandomize=True)
+@settings(deadline=None, max_examples=500, derandomize=True)
 @given(problems(), st.sampled_from(sorted(SCORERS)))
 def test_every_scorer_reads_a_partition_and_its_lag_alone(problem, name):
     rule, inputs, layer = problem
-    scores = _scorer_of_one_partition(name, *inputs, layer)
+    scores = _scorer_of_one_partition(name, *inputs, layer, rule.kept)
     _assert_equal_to_simulation(_configure(name, rule), rule, inputs, layer, scores)
 
 

@@ -27,9 +27,19 @@ def test_every_architecture_is_tested():
     assert set(FAMILIES) == set(ARCHITECTURES)
 
 
+# Every rule on one architecture, and on every architecture one rule that reads queries and one that does not; the
+# rest of the product, which found nothing else so far, is slow.
+PAIRS = [
+    pytest.param(
+        family, scorer, marks=[] if family == "llama" or scorer in ("lag_relative", "tova") else pytest.mark.slow
+    )
+    for family in FAMILIES
+    for scorer in SCORERS
+]
+
+
 @pytest.mark.parametrize("chunk", CHUNKS.values(), ids=CHUNKS)
-@pytest.mark.parametrize("scorer", SCORERS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "scorer"), PAIRS)
 def test_all_forms_and_feedings_agree(family, scorer, chunk):
     config = config_of(scorer, chunk)
     model, ids = model_of(family, config, backend="reference"), tokens(2, TOKENS)

@@ -7,16 +7,30 @@ from dataclasses import fields
 from typing import Any
 
 from lrsa.attention.scorers.base import Partitions, Scorer
+from lrsa.attention.scorers.expected_attention import ExpectedAttention
+from lrsa.attention.scorers.h2o import H2O
+from lrsa.attention.scorers.key_norm import KeyNorm
+from lrsa.attention.scorers.keydiff import KeyDiff
 from lrsa.attention.scorers.lag_relative import LagRelative
 from lrsa.attention.scorers.random import Random
 from lrsa.attention.scorers.recency import Recency
+from lrsa.attention.scorers.snapkv import SnapKV
 from lrsa.attention.scorers.tova import Tova
+from lrsa.attention.scorers.uniform import Uniform
+from lrsa.attention.scorers.value_norm import ValueNorm
 
 SCORERS: dict[str, type[Scorer]] = {
+    "expected_attention": ExpectedAttention,
+    "h2o": H2O,
+    "key_norm": KeyNorm,
+    "keydiff": KeyDiff,
     "lag_relative": LagRelative,
     "random": Random,
     "recency": Recency,
+    "snapkv": SnapKV,
     "tova": Tova,
+    "uniform": Uniform,
+    "value_norm": ValueNorm,
 }
 
 

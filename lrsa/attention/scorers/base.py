@@ -20,6 +20,7 @@ class Partitions:
         positions: ``[P, L]`` int64, of the ranked tokens within their document.
         layer_idx: the layer's index.
         scale: of the attention logits, 1/sqrt(D) unless the model says otherwise.
+        kept: K, tokens of each partition that will be kept.
     """
 
     key: Tensor
@@ -30,6 +31,7 @@ class Partitions:
     positions: Tensor
     layer_idx: int
     scale: float
+    kept: int
 
 
 @dataclass(frozen=True)

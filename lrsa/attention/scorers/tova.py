@@ -5,22 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from lrsa.attention.scorers.base import Partitions, Scorer
+from lrsa.attention.scorers.observed import attention_received
 
 
 @dataclass(frozen=True)
 class Tova(Scorer):
-    """Attention weight from the lag's last query, softmax over the keys of partition and lag, mean over the group."""
+    """Attention weight from the lag's last query, softmax over the keys of partition and lag, mean over the group.
+
+    Published with the mean over all of a layer's heads, which then keep the same tokens; here each KV head has its own.
+    """
 
     reads_query: ClassVar[bool] = True
     paper: ClassVar[str] = "https://arxiv.org/abs/2401.06104"
 
     def __call__(self, partitions: Partitions) -> Tensor:
-        assert partitions.lag_query is not None
-        query = partitions.lag_query[..., -1, :].float().movedim(2, 3)  # [B, H, P, G, D]
-        keys = torch.cat([partitions.key, partitions.lag_key], -2).float()  # [B, H, P, 2L, D]
-        weights = (query @ keys.mT * partitions.scale).softmax(-1).mean(-2)
-        return weights[..., : partitions.key.shape[-2]]
+        return attention_received(partitions, 1)

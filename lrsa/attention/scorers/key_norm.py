@@ -1,0 +1,20 @@
+"""Key norm: keys of low norm get high attention (arXiv 2406.11430)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from lrsa.attention.scorers.base import Partitions, Scorer
+
+
+@dataclass(frozen=True)
+class KeyNorm(Scorer):
+    """Minus the L2 norm of the key: low-norm keys stay. RoPE, a rotation, does not change it."""
+
+    paper: ClassVar[str] = "https://arxiv.org/abs/2406.11430"
+
+    def __call__(self, partitions: Partitions) -> Tensor:
+        return -partitions.key.float().norm(dim=-1)
