@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from lrsa.attention import SparseAttentionConfig, slots
+from lrsa.attention import SparseAttentionConfig
 from lrsa.config import EvaluationConf, GenerateConf
 from lrsa.data import Sample
 from lrsa.data.datamodule import pad_id_of
@@ -129,10 +129,14 @@ def measure_cache(
     """
     config: PreTrainedConfig = model.config.get_text_config()
     layers = config.num_hidden_layers
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * layers
     kept = []
-    for index in range(layers):
+    for index, kind in enumerate(kinds):
         layer = None if attention is None else attention.for_layer(index, layers)
-        held = [tokens if layer is None else slots(layer, tokens) for tokens in prompt_tokens]
+        if kind == "sliding_attention":
+            held = [min(tokens, config.sliding_window - 1) for tokens in prompt_tokens]
+        else:
+            held = [tokens if layer is None else layer.geometry.held(tokens) for tokens in prompt_tokens]
         kept.append(sum(held) / len(held))
     length = sum(prompt_tokens) / len(prompt_tokens)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
