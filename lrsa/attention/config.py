@@ -12,7 +12,8 @@ from lrsa.attention.layout import Geometry
 from lrsa.attention.scorers import Scorer, build_scorer
 from lrsa.config import AttentionConf
 
-BUDGETS = ("uniform",)
+BUDGETS = ("uniform", "pyramid")
+PYRAMID_BETA = 20  # the last layer keeps 1/20 of the mean (PyramidKV's own setting)
 SCHEDULES = ("chunked",)
 DEFAULT_KEEP_RATIO = 0.25
 DENSE = "dense"  # the name of full attention among the scorers of a config
@@ -31,7 +32,8 @@ class SparseAttentionConfig:
         top_k: K in [0, L], the kept tokens as a count. At most one of ``keep_ratio`` and ``top_k``.
         chunk_size: C >= 1, tokens between two compressions; L by default, where training, prefill and decode coincide.
         dense_layers: indices of layers with full attention; negative ones count from the last layer.
-        budget: how the budget is shared over layers and heads.
+        budget: how the kept tokens are shared over layers, the same total each time: ``uniform``, or ``pyramid``,
+            linearly falling from the first layer to the last (PyramidKV, arXiv 2406.02069).
         schedule: when partitions are compressed.
 
     Raises:
@@ -102,8 +104,23 @@ class SparseAttentionConfig:
         return build_scorer(self.scorer, self.scorer_args)
 
     def for_layer(self, index: int, num_layers: int | None = None) -> SparseAttentionConfig | None:
-        """The config of layer ``index``, or None where that layer attends densely."""
-        return None if index in self.resolved(num_layers).dense_layers else self
+        """The config of layer ``index``, or None where that layer attends densely.
+
+        Under a budget that differs by layer, the layer's own share as ``top_k`` of a uniform one.
+
+        Raises:
+            ValueError: as `resolved`; a budget that depends on the depth, which is not given.
+        """
+        resolved = self.resolved(num_layers)
+        if index in resolved.dense_layers:
+            return None
+        if self.budget == "uniform":
+            return self
+        if num_layers is None:
+            raise ValueError(
+                f"budget={self.budget!r} depends on the number of layers: pass config.for_layer(index, num_layers)"
+            )
+        return _share(resolved, index, num_layers)
 
     def resolved(self, num_layers: int | None) -> SparseAttentionConfig:
         """The same config with ``dense_layers`` counted from the first layer.
@@ -150,6 +167,29 @@ class SparseAttentionConfig:
     @functools.cached_property
     def _json(self) -> str:
         return json.dumps(self.to_dict(), sort_keys=True)
+
+
+@functools.lru_cache(maxsize=512)
+def _share(config: SparseAttentionConfig, index: int, num_layers: int) -> SparseAttentionConfig:
+    layers = [layer for layer in range(num_layers) if layer not in config.dense_layers]
+    kept = pyramid(config.geometry.kept, config.lag_size, len(layers))[layers.index(index)]
+    return replace(config, budget="uniform", keep_ratio=None, top_k=kept, dense_layers=())
+
+
+def pyramid(mean: int, most: int, layers: int) -> list[int]:
+    """Kept tokens a partition of each of ``layers`` layers: linear, ``layers * mean`` in all, none above ``most``.
+
+    Source: PyramidKV (arXiv 2406.02069), section 3; the first layer has 2 * mean less the last one's mean / beta.
+    """
+    if layers == 1:
+        return [mean]
+    last = mean / PYRAMID_BETA
+    first = min(2 * mean - last, most)
+    last = 2 * mean - first
+    shares = [first + (last - first) * i / (layers - 1) for i in range(layers)]
+    # Rounded so that the total is what it was: each layer gets what the running total has grown by.
+    totals = [round(sum(shares[: i + 1])) for i in range(layers)]
+    return [after - before for before, after in zip([0, *totals], totals, strict=False)]
 
 
 def from_conf(conf: AttentionConf) -> SparseAttentionConfig | None:

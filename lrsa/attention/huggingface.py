@@ -102,6 +102,8 @@ def attention(
     told = kwargs.get("document_ids"), attention_mask, kwargs.get("position_ids")
     found = _FOUND.get(*told) or [_FOUND.put(_document_ids(*told, query), *told)]
     document_ids = found[0]
+    depth: int = module.config.num_hidden_layers  # type: ignore[union-attr, assignment]
+    config = config.for_layer(layer_idx, depth) or config
     out = sparse_attention(
         query, key, value, config, layer_idx=layer_idx, document_ids=document_ids, scale=scaling, backend=backend
     )
@@ -123,7 +125,7 @@ def mask(
 
 
 def _layer_config(module: nn.Module) -> SparseAttentionConfig:
-    """The layer's config, with ``dense_layers`` resolved against the model's depth."""
+    """The model's config, with ``dense_layers`` resolved against its depth."""
     model_config: Any = module.config
     check_architecture(model_config)
     stored = getattr(model_config, NAME, None)

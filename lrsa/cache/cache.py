@@ -79,7 +79,7 @@ class SparseKVCache(Cache):
         layers: list[Any] = [
             DynamicSlidingWindowLayer(sliding_window=text_config.sliding_window)
             if kind == "sliding_attention"
-            else SparseLayer(resolved.for_layer(index), index, max_tokens)
+            else SparseLayer(resolved.for_layer(index, depth), index, max_tokens)
             for index, kind in enumerate(kinds)
         ]
         super().__init__(layers=layers)

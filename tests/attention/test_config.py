@@ -1,6 +1,7 @@
 """The config: what it refuses, in words that name the values and the way out, and what it stores."""
 
 import dataclasses
+import itertools
 import json
 import pickle
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from lrsa.attention import SparseAttentionConfig, from_conf, slots, sparse_attention
+from lrsa.attention.config import pyramid
 from lrsa.config import AttentionConf
 from tests.attention.tensors import random_inputs
 
@@ -33,7 +35,7 @@ from tests.attention.tensors import random_inputs
         ({"sink_size": "16"}, ["sink_size='16'", "integer"]),
         ({"chunk_size": 0}, ["chunk_size=0", "at least 1"]),
         ({"chunk_size": 2.0}, ["chunk_size=2.0", "integer"]),
-        ({"budget": "pyramid"}, ["budget='pyramid'", "uniform"]),
+        ({"budget": "cone"}, ["budget='cone'", "uniform, pyramid"]),
         ({"schedule": "sliding"}, ["schedule='sliding'", "chunked"]),
     ],
     ids=lambda x: "-".join(f"{k}={v}" for k, v in x.items()) if isinstance(x, dict) else "",
@@ -179,3 +181,27 @@ def test_an_unknown_backend_lists_the_valid_ones():
 def test_flex_on_the_cpu_says_why(config):
     with pytest.raises(ValueError, match=r"backend='flex' cannot run here: .*CUDA.*cpu; use 'gather' or 'auto'"):
         sparse_attention(*random_inputs(1, 2, 1, 60, 16), config, backend="flex")
+
+
+@pytest.mark.parametrize("mean", [0, 1, 7, 32, 64, 128])
+@pytest.mark.parametrize("layers", [1, 2, 3, 30])
+def test_a_pyramid_falls_and_keeps_the_total(mean, layers):
+    shares = pyramid(mean, 128, layers)
+    assert len(shares) == layers and sum(shares) == layers * mean
+    assert all(0 <= share <= 128 for share in shares)
+    assert all(after <= before + 1 for before, after in itertools.pairwise(shares))  # to rounding
+    if layers == 30 and mean == 32:
+        assert shares[0] == 62 and shares[-1] == 2  # 2 * 32 - 32 / 20, and 32 / 20
+
+
+def test_a_layers_share_of_a_pyramid():
+    config = SparseAttentionConfig(budget="pyramid", lag_size=128, keep_ratio=1 / 4, dense_layers=(0, -1))
+    shares = [config.for_layer(index, 5) for index in range(5)]
+    assert shares[0] is None and shares[4] is None
+    assert [share.top_k for share in shares[1:4]] == [62, 32, 2]
+    assert {share.budget for share in shares[1:4]} == {"uniform"}
+    with pytest.raises(ValueError, match=r"budget='pyramid' depends on the number of layers.*for_layer"):
+        SparseAttentionConfig(budget="pyramid").for_layer(1)
+    query = torch.zeros(1, 1, 4, 8)
+    with pytest.raises(ValueError, match="for_layer"):
+        sparse_attention(query, query, query, SparseAttentionConfig(budget="pyramid"))

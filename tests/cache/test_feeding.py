@@ -107,6 +107,26 @@ def test_dense_layers_no_sinks_and_a_full_budget(scorer, sink):
     torch.testing.assert_close(sparse, parallel(model, ids), **NEAR)
 
 
+@pytest.mark.parametrize("dense_layers", [(), (1,)])
+def test_a_pyramid_has_all_forms_and_the_same_total(dense_layers):
+    """Layers with shares of their own: 5, 3 and 1 of 8 where all would keep 3."""
+    config = config_of("lag_relative", budget="pyramid", dense_layers=dense_layers)
+    model, ids = model_of("llama", config, backend="reference"), tokens(2, TOKENS)
+    mask_form = parallel(model, ids)
+    set_attention(model, config, backend="gather")
+    torch.testing.assert_close(parallel(model, ids), mask_form, **NEAR)
+    for block in (1, 13, TOKENS):
+        cache = new_cache(model)
+        torch.testing.assert_close(feed(model, cache, ids, block), mask_form, **NEAR)
+    slots = [layer.slots for layer in cache.report().layers]
+    uniform = config_of("lag_relative", dense_layers=dense_layers)
+    set_attention(model, uniform)
+    flat = new_cache(model)
+    feed(model, flat, ids, TOKENS)
+    assert slots[0] > slots[2] and sum(slots) == sum(layer.slots for layer in flat.report().layers)
+    assert (parallel(model, ids) - mask_form).abs().max() > 0.01
+
+
 def test_prefill_in_blocks_is_prefill_at_once():
     model, ids = model_of("qwen3", config_of("lag_relative")), tokens(2, TOKENS)
     expected = parallel(model, ids)[:, -1]
