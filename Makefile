@@ -92,7 +92,7 @@ $(OLD_VENV)/.installed: pyproject.toml constraints.txt
 
 # kvpress, in an environment of its own: it needs transformers < 5.3 and pandas < 3, where pip finds the rest by itself.
 test-peers: $(PEERS_VENV)/.installed
-	$(PEERS_VENV)/bin/python -m pytest -q tests/attention/test_kvpress.py
+	$(PEERS_VENV)/bin/python -m pytest -q tests/attention/test_kvpress.py tests/test_evaluate.py -k kvpress
 
 $(PEERS_VENV)/.installed: pyproject.toml constraints.txt
 	@test -x $(PEERS_VENV)/bin/python || $(PYTHON) -m venv $(PEERS_VENV)

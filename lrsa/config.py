@@ -146,6 +146,8 @@ class GenerateConf:
 
     max_new_tokens: int | None = None  # None: what the task's longest reference takes, and 16 more
     block_size: int | None = None  # tokens of a prompt read at once, to bound memory; None: all
+    peer: str | None = None  # kvpress/<Press>, which then compresses instead of `evaluation.attention`
+    peer_args: Any = None  # mapping, of the press, its compression_ratio excepted; Any as TableConf.names
 
 
 @dataclass

@@ -99,7 +99,12 @@ def generation_protocol(conf: EvalConf, tokenizer: PreTrainedTokenizerBase, task
         "truncation": "none",  # a prompt that does not fit is an error
         "padding": "left",
         "chat_template": {"sha256": hashlib.sha256(template.encode()).hexdigest() if template else None},
-        "cache": {"full": "DynamicCache", "compressed": "SparseKVCache", "block_size": conf.generate.block_size},
+        "cache": {
+            "full": "DynamicCache",
+            "compressed": conf.generate.peer or "SparseKVCache",
+            "peer_args": dict(conf.generate.peer_args or {}),
+            "block_size": conf.generate.block_size,
+        },
         "tasks": {
             task.name: {
                 "prompt": conf.evaluation.tasks[task.name].prompt,

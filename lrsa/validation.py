@@ -34,6 +34,7 @@ from lrsa.data import ContextTooLongError, DataRowError
 from lrsa.data.prompts import PROMPTS
 from lrsa.data.sources import SOURCES, source_args
 from lrsa.evaluation.errors import EvaluationInputError
+from lrsa.evaluation.peers import build_press
 from lrsa.results import RecordError
 from lrsa.training import NonFiniteLoss, find_checkpoint, micro_batches
 
@@ -112,6 +113,7 @@ def check_eval(conf: EvalConf) -> None:
         problems.append(f"mode={conf.mode!r} is unknown; choose one of {', '.join(EVAL_MODES)}")
     if conf.mode == "generate":
         problems += _generate(conf.generate)
+        problems += _peer(conf.generate, conf.evaluation)
     if conf.mode == "lm_eval":
         problems += _lm_eval(conf.lm_eval)
     _report(problems)
@@ -292,6 +294,22 @@ def _generate(conf: GenerateConf) -> Iterator[str]:
         value = getattr(conf, name)
         if value is not None and value < 1:
             yield f"generate.{name}={value}: tokens, at least 1, or null"
+
+
+def _peer(conf: GenerateConf, evaluation: EvaluationConf) -> Iterator[str]:
+    if conf.peer_args is not None and not isinstance(conf.peer_args, dict):
+        yield f"generate.peer_args={conf.peer_args!r}: a mapping, such as '{{window_size: 32}}'"
+        return
+    args = conf.peer_args or {}
+    if conf.peer is None:
+        if args:
+            yield f"generate.peer_args={args} belong to generate.peer, which is not set"
+        return
+    yield from _raised("generate.peer", lambda: build_press(str(conf.peer), 2, args))
+    if evaluation.batch_size != 1:
+        yield f"generate.peer reads one prompt at a time: evaluation.batch_size={evaluation.batch_size} must be 1"
+    if conf.block_size is not None:
+        yield f"generate.peer compresses after the whole prompt: generate.block_size={conf.block_size} must be null"
 
 
 def _lm_eval(conf: LMEvalConf) -> Iterator[str]:

@@ -131,7 +131,7 @@ def test_a_peer_is_measured_as_it_comes(tmp_path: Path, monkeypatch: pytest.Monk
     assert peer["decode"]["steps"] == 8 and peer["speedup"] > 0 and peer["prefill_speedup"] > 0
     shown = report("generate", record.config, [dense, peer], "cpu").rows[1]
     assert shown[4] == "another rule" and "(no graph)" in shown[8]
-    press = peers.build_press("kvpress/HalfPress", 4, 16, 128)
+    press = peers.press_of("kvpress/HalfPress", 4, 16, 128)
     assert (press.compression_ratio, press.lag_size) == (0.75, 128)
 
 

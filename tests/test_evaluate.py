@@ -1,7 +1,11 @@
 """`lrsa-eval` in each of its modes: what ends up in the record, and what a table makes of it."""
 
+import contextlib
+import dataclasses
 import gzip
 import json
+import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +19,7 @@ from lrsa.evaluate import SAMPLES_FILE, run_evaluation
 from lrsa.evaluation.errors import EvaluationInputError, TruncationWarning
 from lrsa.results import Record
 from lrsa.table import build
+from lrsa.validation import ConfigError
 
 TINY = [
     "model=recall_tiny",
@@ -126,3 +131,87 @@ def test_a_limit_below_the_references_is_told(tmp_path: Path) -> None:
         run_evaluation(configure(tmp_path, "mode=generate", "generate.max_new_tokens=2"))
     record = Record.load(tmp_path)
     assert record.status == "failed" and record.protocol is not None
+
+
+@pytest.fixture
+def half_press(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for kvpress, which wants an older transformers: a press that drops every second token of the cache."""
+
+    @dataclasses.dataclass
+    class HalfPress:
+        compression_ratio: float = 0.0
+        window: int = 3
+
+        @contextlib.contextmanager
+        def __call__(self, model):
+            caches = []
+
+            def before(module, args, kwargs):
+                caches.append(kwargs["past_key_values"])
+
+            handle = model.register_forward_pre_hook(before, with_kwargs=True)
+            yield
+            handle.remove()
+            for layer in caches[0].layers:
+                layer.keys, layer.values = layer.keys[:, :, ::2], layer.values[:, :, ::2]
+
+    module = types.ModuleType("kvpress")
+    module.HalfPress = HalfPress  # type: ignore[attr-defined]
+    module.WrapperPress = dataclasses.make_dataclass("WrapperPress", [])  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "kvpress", module)
+
+
+def test_a_peers_press_compresses_and_is_measured(tmp_path: Path, half_press: None) -> None:
+    options = ["mode=generate", "generate.peer=kvpress/HalfPress", "evaluation.batch_size=1", "run.arm=peer"]
+    run_evaluation(configure(tmp_path / "one", *options, "generate.peer_args={window: 5}", "evaluation.floor=false"))
+    record = Record.load(tmp_path / "one")
+    full, half = record.cells
+    assert full["measured_ratio"] == 1 and half["measured_ratio"] == pytest.approx(2, abs=0.1)
+    assert half["slots"] == half["cache_slots"] == pytest.approx(half["length"] / 2, abs=5)  # the question stays whole
+    assert half["exact"] < full["exact"]
+    assert record.protocol is not None
+    assert record.protocol["cache"]["compressed"] == "kvpress/HalfPress"
+    assert record.protocol["cache"]["peer_args"] == {"window": 5}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["generate.peer=vllm", "evaluation.batch_size=1"], "kvpress/<Press>"),
+        (["generate.peer=kvpress/NoPress", "evaluation.batch_size=1"], "it has HalfPress, WrapperPress"),
+        (["generate.peer=kvpress/WrapperPress", "evaluation.batch_size=1"], "no compression_ratio of its own"),
+        (
+            ["generate.peer=kvpress/HalfPress", "evaluation.batch_size=1", "generate.peer_args={size: 5}"],
+            "takes no size",
+        ),
+        (["generate.peer=kvpress/HalfPress"], "evaluation.batch_size=8 must be 1"),
+        (
+            ["generate.peer=kvpress/HalfPress", "evaluation.batch_size=1", "generate.block_size=9"],
+            "block_size=9 must be",
+        ),
+        (["generate.peer_args={size: 5}"], "belong to generate.peer"),
+    ],
+)
+def test_a_peer_that_cannot_work_is_refused_at_once(
+    tmp_path: Path, half_press: None, overrides: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run_evaluation(configure(tmp_path, "mode=generate", *overrides))
+
+
+def test_kvpress_itself(tmp_path: Path) -> None:
+    pytest.importorskip("kvpress", reason="kvpress needs transformers < 5.3: make test-peers")
+    ratios = {}
+    for press in ("LagKVPress", "SnapKVPress", "KnormPress"):
+        args = "{window_size: 16}" if press == "SnapKVPress" else "{}"
+        options = [
+            "mode=generate",
+            f"generate.peer=kvpress/{press}",
+            "evaluation.batch_size=1",
+            "evaluation.floor=false",
+        ]
+        run_evaluation(configure(tmp_path / press, *options, f"generate.peer_args={args}"))
+        full, compressed = Record.load(tmp_path / press).cells
+        assert full["exact"] > compressed["exact"]
+        ratios[press] = compressed["measured_ratio"]
+    assert all(ratio == pytest.approx(4, abs=0.3) for ratio in ratios.values()), ratios

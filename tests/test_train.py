@@ -214,7 +214,7 @@ def test_resume_continues_bit_for_bit(command: Command, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("main", "bad", "message"),
     [
-        (lrsa.train.main, "attention.scorer=foo", "scorer='foo' is unknown: choose one of lag_relative"),
+        (lrsa.train.main, "attention.scorer=foo", "scorer='foo' is unknown: choose one of expected_attention, h2o"),
         (lrsa.train.main, "evaluation.length=40", "more than length=40"),
         (lrsa.evaluate.main, "evaluation.compressions=[0.5]", "[0.5] is below 1"),
     ],

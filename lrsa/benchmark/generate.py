@@ -31,6 +31,7 @@ from lrsa.benchmark.gate import (
 from lrsa.benchmark.timing import consecutive, peak, reset_peak, summary
 from lrsa.cache.graphed import GraphedStep
 from lrsa.config import BenchConf
+from lrsa.evaluation.peers import PREFIX, press_fields
 from lrsa.models import build_model
 
 Row = dict[str, Any]
@@ -69,13 +70,13 @@ def check_engines(engines: Sequence[str]) -> None:
     """Raise ValueError for a name that is none, or a peer that cannot be had here."""
     for name in engines:
         if _is_peer(name):
-            peers.check(name)
+            press_fields(name)
         elif name not in OWN_ENGINES:
             raise ValueError(f"engines: {name!r} is unknown: choose of {', '.join(OWN_ENGINES)}, kvpress/<Press>")
 
 
 def _is_peer(name: str) -> bool:
-    return name.startswith(peers.PREFIX)
+    return name.startswith(PREFIX)
 
 
 def _engines(conf: BenchConf) -> Iterator[Engine]:

@@ -8,8 +8,6 @@ in an environment of its own: `pip install 'lrsa[peers]'` there, then
 
 from __future__ import annotations
 
-import dataclasses
-import importlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -22,15 +20,10 @@ from lrsa.benchmark.engines import bytes_per_slot, weight_bytes
 from lrsa.benchmark.filled import ENOUGH_SECONDS, free_memory
 from lrsa.benchmark.timing import consecutive, peak, reset_peak, summary
 from lrsa.config import BenchConf
+from lrsa.evaluation.peers import build_press, press_fields
 from lrsa.models import set_attention
 
-PREFIX = "kvpress/"
 WARM_UP = 3  # steps that are not timed
-
-
-def check(engine: str) -> None:
-    """Raise ValueError, with the way out, where ``engine`` (`kvpress/<Press>`) cannot be had here."""
-    _press_class(engine)
 
 
 def measure(
@@ -42,7 +35,7 @@ def measure(
         compression: nominal; kvpress counts what it removes, so its ratio is 1 - 1 / compression.
     """
     set_attention(model, None)
-    press = build_press(engine, compression, conf.sink_size, max(conf.lags))
+    press = press_of(engine, compression, conf.sink_size, max(conf.lags))
     cache: Any = None
     times: list[float] = []
     logits: Tensor | None = None
@@ -99,27 +92,10 @@ def measure(
     }
 
 
-def build_press(engine: str, compression: float, sink_size: int, lag_size: int) -> Any:
+def press_of(engine: str, compression: float, sink_size: int, lag_size: int) -> Any:
     """The press, with our sinks and lag where it has such settings."""
-    press = _press_class(engine)
-    known = {field.name for field in dataclasses.fields(press)}
     ours = {"n_sink": sink_size, "lag_size": lag_size}
-    return press(compression_ratio=1 - 1 / compression, **{name: ours[name] for name in ours if name in known})
-
-
-def _press_class(engine: str) -> Any:
-    try:
-        kvpress = importlib.import_module("kvpress")
-    except ImportError as error:
-        raise ValueError(
-            f"engines: {engine} needs kvpress, which cannot be imported here ({error}). It needs transformers < 5.3: "
-            "make an environment of its own, `pip install 'lrsa[peers]'` there, and run this command in it"
-        ) from error
-    name = engine.removeprefix(PREFIX)
-    valid = sorted(x for x in dir(kvpress) if x.endswith("Press") and x != "BasePress")
-    if name not in valid:
-        raise ValueError(f"engines: kvpress has no {name!r}; it has {', '.join(valid)}")
-    return getattr(kvpress, name)
+    return build_press(engine, compression, {name: ours[name] for name in ours if name in press_fields(engine)})
 
 
 def _step(model: PreTrainedModel, cache: Any, first: Tensor, position: int) -> Callable[[], None]:

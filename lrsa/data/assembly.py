@@ -44,7 +44,8 @@ class Sample:
 
     `answer_spans` are half-open ranges of `input_ids`, one a question, the end-of-turn token included; `answers` the
     references of each question (the first is the one in the tokens); `gold_depth` where each gold passage starts,
-    0 to 1 of the context's tokens, in the order of the questions' documents.
+    0 to 1 of the context's tokens, in the order of the questions' documents; `context_length` the tokens before the
+    first question: what a method that compresses without knowing the question may see. 0 without a context.
     """
 
     id: str
@@ -54,6 +55,7 @@ class Sample:
     answers: tuple[tuple[str, ...], ...]
     gold_depth: tuple[float, ...]
     length: int
+    context_length: int = 0
 
 
 class SampleSet(Dataset[Sample]):
@@ -186,6 +188,7 @@ class SampleSet(Dataset[Sample]):
             answers=tuple(example.answers for example in examples),
             gold_depth=tuple(depths),
             length=joiner.size,
+            context_length=joiner.context,
         )
 
     def check(self, count: int) -> None:
@@ -232,6 +235,7 @@ class SampleSet(Dataset[Sample]):
             joiner.add(pieces.pop(0))
             blocks, depths = self._context(examples, joiner.size + sum(map(len, pieces)), index)
             joiner.add(*blocks)
+            joiner.context = joiner.size
         for number in range(0, len(pieces), 3):
             joiner.add(pieces[number])
             joiner.add(pieces[number + 1], pieces[number + 2], target=True)

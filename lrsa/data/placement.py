@@ -16,6 +16,7 @@ class Joiner:
     def __init__(self) -> None:
         self.parts: list[Ids] = []
         self.size = 0
+        self.context = 0  # of these, before the first question
         self.spans: list[tuple[int, int]] = []
 
     def add(self, *parts: Ids, target: bool = False) -> None:

@@ -15,6 +15,7 @@ from lrsa.config import EvaluationConf, GenerateConf
 from lrsa.data import Sample
 from lrsa.data.datamodule import pad_id_of
 from lrsa.evaluation.generate import Answer, generate_answers
+from lrsa.evaluation.peers import build_press
 from lrsa.evaluation.scoring import Outcome, score
 from lrsa.results.statistics import bootstrap_mean
 
@@ -75,10 +76,15 @@ def generate_cell(
 ) -> tuple[Cell, list[Answer]]:
     """Answers generated greedily: token-exact match, normalised exact match and F1, and the cache as measured."""
     clock = time.perf_counter()
+    press = None
+    if settings.peer is not None and column.compression not in (None, 1):
+        assert column.compression is not None
+        press = build_press(settings.peer, column.compression, settings.peer_args or {})
+    attention = None if settings.peer is not None else column.attention
     answers = generate_answers(
         model,
         column.samples,
-        column.attention,
+        attention,
         tokenizer=tokenizer,
         stop_ids=stop_ids,
         batch_size=conf.batch_size,
@@ -87,6 +93,7 @@ def generate_cell(
         task=column.task,
         compression=column.compression,
         block_size=settings.block_size,
+        press=press,
         on_batch=on_batch,
     )
     seconds = time.perf_counter() - clock
@@ -94,13 +101,16 @@ def generate_cell(
     written = [answer.generated_tokens for answer in answers.outcomes]
     cell = {
         **_summary(column, answers.outcomes, ("exact", "exact_match", "f1"), conf.bootstrap),
-        **measure_cache(model, column.attention, prompts, conf.precision),
+        **measure_cache(model, attention, prompts, conf.precision),
         **answers.cache,
         "max_new_tokens": answers.max_new_tokens,
         "generated_tokens": sum(written) / len(written),
         "hit_limit": sum(answer.hit_limit for answer in answers.outcomes) / len(written),
         **_speed(seconds, sum(prompts) + sum(written)),
     }
+    if press is not None:  # which has no closed form: what was counted stands for it
+        cell |= {"slots": cell["cache_slots"], "measured_ratio": cell["cache_ratio"]}
+        cell |= {"kept_per_layer": None, "kv_bytes_per_layer": None}
     return cell, answers.outcomes
 
 

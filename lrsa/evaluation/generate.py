@@ -21,6 +21,7 @@ from lrsa.data.datamodule import pad_id_of
 from lrsa.evaluation.answers import exact_match, f1
 from lrsa.evaluation.errors import EvaluationInputError
 from lrsa.evaluation.measured import MeasuredCache
+from lrsa.evaluation.peers import prefill_under
 from lrsa.evaluation.scoring import answer_ids, autocast, batches_of_similar_length, evaluating
 from lrsa.models import make_cache
 
@@ -89,6 +90,7 @@ def generate_answers(
     task: str = "",
     compression: float | None = 1,
     block_size: int | None = None,
+    press: Any = None,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> Answers:
     """Answer every question of every sample greedily, in the order of `samples`.
@@ -104,6 +106,8 @@ def generate_answers(
         precision: 32-true, or bf16-mixed for bfloat16 autocast.
         task, compression: copied into the outcomes.
         block_size: tokens of the prompt read at once; None: all.
+        press: of kvpress (`peers.build_press`), which compresses the context before the question is read; `attention`
+            is then None.
         on_batch: called with (answers, tokens read and written) after each batch.
 
     Raises:
@@ -116,6 +120,8 @@ def generate_answers(
             raise ValueError(f"{name}={value}: at least 1")
     if not stop_ids:
         raise ValueError("stop_ids is empty: no answer would end; take stop_tokens(tokenizer, prompt.end)")
+    if press is not None and (attention is not None or batch_size != 1 or block_size is not None):
+        raise ValueError("a press compresses dense attention, one prompt at a time, read at once: batch_size=1")
     limit = token_limit(tokenizer, samples) if max_new_tokens is None else max_new_tokens
     questions = [question for sample in samples for question in _questions(sample, tokenizer)]
     for question in questions:
@@ -125,9 +131,8 @@ def generate_answers(
     with evaluating(model, attention), torch.no_grad(), autocast(model.device, precision):
         for indices in batches_of_similar_length([len(question.prompt) for question in questions], batch_size):
             rows = [questions[index] for index in indices]
-            answers = _generate(
-                model, [row.prompt for row in rows], pad_id_of(tokenizer), stop_ids, limit, block_size, measured
-            )
+            prompts, pad_id, context = [row.prompt for row in rows], pad_id_of(tokenizer), rows[0].context
+            answers = _generate(model, prompts, pad_id, stop_ids, limit, block_size, measured, press, context)
             for index, row, ids in zip(indices, rows, answers, strict=True):
                 outcomes[index] = row.outcome(ids, stop_ids, tokenizer, task, compression)
             if on_batch is not None:
@@ -139,6 +144,7 @@ def generate_answers(
 class _Question:
     id: str
     prompt: list[int]
+    context: int  # tokens of the prompt before the first question
     reference: list[int]
     answers: tuple[str, ...]
 
@@ -187,7 +193,7 @@ def _questions(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> list[_Ques
     for number, (name, (start, stop)) in enumerate(zip(answer_ids(sample), sample.answer_spans, strict=True)):
         reference = sample.input_ids[start:stop]
         texts = sample.answers[number] if named else (tokenizer.decode(reference, skip_special_tokens=True),)
-        found.append(_Question(name, sample.input_ids[:start], reference, texts))
+        found.append(_Question(name, sample.input_ids[:start], sample.context_length, reference, texts))
     return found
 
 
@@ -199,6 +205,8 @@ def _generate(
     limit: int,
     block_size: int | None,
     measured: MeasuredCache,
+    press: Any = None,
+    context: int = 0,
 ) -> list[list[int]]:
     """Greedy continuations, a stop token included, at most `limit` tokens each."""
     input_ids, mask = left_pad(prompts, pad_id, limit, model.device)
@@ -206,7 +214,10 @@ def _generate(
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
     stop = torch.tensor(sorted(stop_ids), device=model.device)
     cache = make_cache(model, max_tokens=max(map(len, prompts)) + limit)
-    logits = prefill(model, input_ids, cache, None if mask is None else mask[:, :width], block_size)
+    if press is None:
+        logits = prefill(model, input_ids, cache, None if mask is None else mask[:, :width], block_size)
+    else:
+        logits = prefill_under(press, model, input_ids, cache, context)
     measured.add(cache, [len(prompt) for prompt in prompts])
     done = torch.zeros(len(prompts), dtype=torch.bool, device=model.device)
     written: list[Tensor] = []
