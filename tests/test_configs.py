@@ -202,7 +202,7 @@ def test_every_experiment_runs_on_a_tiny_model(
         assert record.training is not None and record.training["steps"] == 2
         assert len(record.training["loss_curve"]["loss"]) == 2
         assert {cell["task"] for cell in record.cells} == set(tasks)
-        columns = 1 + len(conf.evaluation.compressions)
+        columns = conf.evaluation.floor + len(conf.evaluation.compressions)
         assert len(record.cells) == columns * len(tasks)
         assert len(record.outcomes()) == 2 * len(record.cells)
         assert {part["name"] for part in record.data} >= {*conf.data.parts, *tasks}
