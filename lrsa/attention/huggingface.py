@@ -23,7 +23,7 @@ from lrsa.attention.config import SparseAttentionConfig
 from lrsa.attention.documents import PAD, LastResult, find_documents
 
 NAME = "lrsa"
-CACHE_HANDLE = "_lrsa_cache"  # attribute of the key tensor that `SparseKVCache.update` hands out
+CACHE_ATTEND = "_lrsa_cache_attend"  # attribute of the key tensor that `SparseKVCache.update` hands out
 # Those that the tests compare all forms on; another may rotate, scale or mask in a way that the cache does not know.
 ARCHITECTURES = ("gemma", "gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3")
 _UNSUPPORTED = {
@@ -63,7 +63,7 @@ def attention(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
     config = _layer_config(module)
-    cached = getattr(key, CACHE_HANDLE, None)
+    attend_cached = getattr(key, CACHE_ATTEND, None)
     if dropout:
         raise ValueError(f"attention_dropout={dropout}: the lrsa attention has no dropout; set it to 0 in the config")
     for name, what in _UNSUPPORTED.items():
@@ -83,12 +83,12 @@ def attention(
         query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
     layer_idx: int = module.layer_idx  # type: ignore[assignment]
     backend = getattr(module, "lrsa_backend", "auto")
-    if cached is not None:
+    if attend_cached is not None:
         if kwargs.get("document_ids") is not None:
             raise ValueError(
                 "document_ids with a cache: a row of a cache is one document; pass attention_mask for pads"
             )
-        out = cached.attend(
+        out = attend_cached(
             query,
             key,
             value,

@@ -7,12 +7,13 @@ Feeding changes nothing: whole, in blocks, token by token, in one turn or severa
 the same kept tokens, and to those of training. A batch row gets exactly what it gets alone; pads are never scored, kept
 or attended.
 
-transformers hands `update` keys and values, but no queries and no mask. So `update` ties the layer to the key tensor
-that it returns, and the lrsa attention function, which has everything, finds it there (`Handle`).
+transformers hands `update` keys and values, but no queries and no mask. So `update` ties the layer's own attention to
+the key tensor that it returns, and the lrsa attention function, which has everything, finds and calls it.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,34 +22,12 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
 from lrsa.attention import SparseAttentionConfig
-from lrsa.attention.huggingface import CACHE_HANDLE
+from lrsa.attention.huggingface import CACHE_ATTEND
 from lrsa.cache.checks import check_model, check_positions, last_compression
 from lrsa.cache.layer import SparseLayer
 from lrsa.cache.report import CacheReport, LayerReport
 from lrsa.cache.static import StaticRows
 from lrsa.cache.step import Step
-
-
-class Handle:
-    """What travels on a key tensor from `SparseKVCache.update` to the attention function."""
-
-    def __init__(self, cache: SparseKVCache, layer: SparseLayer) -> None:
-        self.cache, self.layer = cache, layer
-
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
-        config: SparseAttentionConfig,
-        scale: float,
-        backend: str,
-    ) -> Tensor:
-        """See `SparseLayer.attend`. ``attention_mask [B, columns]`` as the tokenizer makes it, 0 at pads."""
-        return self.cache._attend(self.layer, query, key, value, attention_mask, position_ids, config, scale, backend)
 
 
 class SparseKVCache(Cache):
@@ -103,7 +82,7 @@ class SparseKVCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Hand the new keys and values ``[B, H, T, D]`` on, with a `Handle`; the attention function takes them in.
+        """Hand the new keys and values ``[B, H, T, D]`` on; the attention function takes them in, through `_attend`.
 
         Raises:
             RuntimeError: an earlier forward pass did not run to its end, or nothing took in what was handed on before.
@@ -118,7 +97,7 @@ class SparseKVCache(Cache):
                 "SparseKVCache carries no gradient: decode under torch.no_grad(), and train with use_cache=False"
             )
         self._pending = layer_idx
-        setattr(key_states, CACHE_HANDLE, Handle(self, layer))
+        setattr(key_states, CACHE_ATTEND, partial(self._attend, layer))
         return key_states, value_states
 
     def _refuse_if_interrupted(self, layer_idx: int) -> None:
@@ -152,12 +131,14 @@ class SparseKVCache(Cache):
         query: Tensor,
         key: Tensor,
         value: Tensor,
+        *,
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
         config: SparseAttentionConfig,
         scale: float,
         backend: str,
     ) -> Tensor:
+        """See `SparseLayer.attend`. ``attention_mask [B, columns]`` as the tokenizer makes it, 0 at pads."""
         if config != self.config:
             raise ValueError(
                 f"the cache was made for {self.config}, the model attends with {config}: make it with "

@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaConfig
 
 from lrsa.attention import SparseAttentionConfig
-from lrsa.attention.huggingface import CACHE_HANDLE
+from lrsa.attention.huggingface import CACHE_ATTEND
 from lrsa.cache import SparseKVCache
 
 
@@ -27,10 +27,8 @@ def cache_of(config: SparseAttentionConfig) -> SparseKVCache:
 
 def take_in(cache: SparseKVCache, key: torch.Tensor, value: torch.Tensor) -> None:
     key, value = cache.update(key.clone(), value, 0)
-    handle = getattr(key, CACHE_HANDLE)
-    handle.attend(
-        key, key, value, attention_mask=None, position_ids=None, config=cache.config, scale=0.1, backend="auto"
-    )
+    attend = getattr(key, CACHE_ATTEND)
+    attend(key, key, value, attention_mask=None, position_ids=None, config=cache.config, scale=0.1, backend="auto")
 
 
 @pytest.mark.parametrize("blocks", ["as recorded", 1, 7])

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig
 
 from lrsa.attention import SparseAttentionConfig, kept_tokens, sparse_attention
-from lrsa.attention.huggingface import CACHE_HANDLE
+from lrsa.attention.huggingface import CACHE_ATTEND
 from lrsa.cache import SparseKVCache
 from tests.attention.tensors import random_inputs
 
@@ -66,7 +66,7 @@ def test_a_cache_is_the_mask_form(case):
             positions[row, real[row]] = torch.arange(part.start, part.stop)
             done[row] += n
         key, value = cache.update(key, value, 0)
-        out = getattr(key, CACHE_HANDLE).attend(
+        out = getattr(key, CACHE_ATTEND)(
             query, key, value, attention_mask=mask, position_ids=positions, config=cache.config, scale=0.25,
             backend="auto",
         )  # fmt: skip
