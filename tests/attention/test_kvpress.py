@@ -70,7 +70,8 @@ def test_h2o(case):
 
 
 def test_key_norm(case):
-    torch.testing.assert_close(ours("key_norm", case), theirs(kvpress.KnormPress(compression_ratio=0.5), case, LAG))
+    expected = theirs(kvpress.KnormPress(compression_ratio=0.5), case, LAG)
+    torch.testing.assert_close(ours("key_norm", case), expected, rtol=2**-11, atol=0)
 
 
 def test_keydiff(case):

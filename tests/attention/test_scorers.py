@@ -13,6 +13,7 @@ from lrsa.attention import SparseAttentionConfig, kept_tokens, sparse_attention
 from lrsa.attention import scorers as scorers_package
 from lrsa.attention.layout import Geometry
 from lrsa.attention.scorers import SCORERS, Partitions, Scorer, build_scorer
+from lrsa.attention.scorers.base import to_eleven_bits
 from lrsa.attention.scorers.random import mix32
 from lrsa.attention.selection import partition
 from lrsa.models import set_attention
@@ -372,3 +373,23 @@ def test_a_rule_from_outside_the_package_has_all_forms(monkeypatch):
     torch.testing.assert_close(feed(model, new_cache(model), ids, 7), mask_form, rtol=1e-3, atol=5e-4)
     with pytest.raises(ValueError, match=r"'loudest' takes no \['loud'\]: its scorer_args are \['sign'\]"):
         SparseAttentionConfig(scorer="loudest", scorer_args={"loud": 1})
+
+
+def test_eleven_bits_are_float16s_at_float32s_range():
+    x = torch.randn(2000, generator=torch.Generator().manual_seed(0)).abs() * 10
+    rounded = to_eleven_bits(x)
+    assert ((rounded - x).abs() <= x * 2**-11).all()
+    assert torch.equal(rounded[x > 1e-3], rounded[x > 1e-3].half().float())
+    assert torch.equal(to_eleven_bits(rounded), rounded) and to_eleven_bits(torch.tensor([3e38]))[0].isfinite()
+    noisy = torch.tensor([4.0, 3.9999995, 4.0000005, 3.0, 3.0000002])
+    assert to_eleven_bits(noisy).tolist() == [4, 4, 4, 3, 3] and to_eleven_bits(torch.zeros(2)).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("name", ["key_norm", "value_norm"])
+def test_tokens_of_one_norm_tie_and_the_earlier_stays(name):
+    """Rotated copies of one key: what rounding makes of the norm does not decide."""
+    angles = torch.rand(27, 8, generator=torch.Generator().manual_seed(0)) * 6
+    pairs = torch.stack([angles.cos(), angles.sin()], -1).flatten(-2)[None, None]  # [1, 1, 27, 16], norm sqrt(8)
+    x = pairs if name == "key_norm" else pairs.sign() * (1 + 1e-7 * angles.repeat_interleave(2, -1))
+    kept = kept_tokens(x, x, SparseAttentionConfig(scorer=name, sink_size=3, lag_size=8, top_k=3))
+    assert kept[0, 0, 3:19].view(2, 8).tolist() == [[True] * 3 + [False] * 5] * 2

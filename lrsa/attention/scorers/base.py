@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 
@@ -48,3 +49,15 @@ class Scorer(ABC):
     @abstractmethod
     def __call__(self, partitions: Partitions) -> Tensor:
         """``[B, H, P, L]`` float32 scores; the K highest are kept, the earlier position where two are equal."""
+
+
+def to_eleven_bits(x: Tensor) -> Tensor:
+    """float32 ``x`` rounded to a mantissa of eleven bits, float16's, at float32's range.
+
+    For rules under which tokens are equal that the last bits tell apart: a token that comes twice has one norm in the
+    first layer (RoPE is a rotation), and all keys have one where the model normalises them. Unrounded, how a matrix
+    product was cut up would decide between them: a prompt read whole would keep other tokens than one read in blocks.
+    """
+    dropped = 13  # of float32's 24
+    bits = x.contiguous().view(torch.int32) + (1 << (dropped - 1))
+    return (bits & -(1 << dropped)).view(torch.float32)

@@ -7,14 +7,14 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lrsa.attention.scorers.base import Partitions, Scorer
+from lrsa.attention.scorers.base import Partitions, Scorer, to_eleven_bits
 
 
 @dataclass(frozen=True)
 class ValueNorm(Scorer):
-    """The L1 norm of the value, the factor by which the paper (VATP) multiplies an attention score; alone here."""
+    """The L1 norm of the value, to eleven bits: the factor by which the paper (VATP) multiplies an attention score."""
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2406.12335"
 
     def __call__(self, partitions: Partitions) -> Tensor:
-        return partitions.value.float().abs().sum(-1)
+        return to_eleven_bits(partitions.value.float().abs().sum(-1))
