@@ -16,10 +16,10 @@ from lrsa.attention.scorers import SCORERS, Partitions, Scorer, build_scorer
 from lrsa.attention.scorers.base import to_eleven_bits
 from lrsa.attention.scorers.random import mix32
 from lrsa.attention.selection import partition
-from lrsa.models import set_attention
+from lrsa.models import make_cache, set_attention
 from tests.architectures import model_of, tokens
 from tests.attention.tensors import random_inputs
-from tests.cache.feeding import feed, new_cache, parallel
+from tests.cache.feeding import feed, parallel
 
 scorers = pytest.mark.parametrize("name", sorted(SCORERS))
 GEOMETRY = Geometry(sink=3, lag=8, kept=3, chunk=8)
@@ -370,7 +370,7 @@ def test_a_rule_from_outside_the_package_has_all_forms(monkeypatch):
     mask_form = parallel(model, ids)
     set_attention(model, config, backend="gather")
     torch.testing.assert_close(parallel(model, ids), mask_form, rtol=1e-3, atol=5e-4)
-    torch.testing.assert_close(feed(model, new_cache(model), ids, 7), mask_form, rtol=1e-3, atol=5e-4)
+    torch.testing.assert_close(feed(model, make_cache(model), ids, 7), mask_form, rtol=1e-3, atol=5e-4)
     with pytest.raises(ValueError, match=r"'loudest' takes no \['loud'\]: its scorer_args are \['sign'\]"):
         SparseAttentionConfig(scorer="loudest", scorer_args={"loud": 1})
 

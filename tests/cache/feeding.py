@@ -7,8 +7,6 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from lrsa.models import make_cache
-
 
 @torch.no_grad()
 def feed(model, cache, input_ids: Tensor, blocks: int | Iterable[int], attention_mask: Tensor | None = None) -> Tensor:
@@ -48,7 +46,3 @@ def left_padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     ids = torch.stack([torch.nn.functional.pad(row, (longest - len(row), 0)) for row in rows])
     mask = torch.stack([torch.arange(longest) >= longest - len(row) for row in rows]).long()
     return ids, mask
-
-
-def new_cache(model, max_tokens: int | None = None):
-    return make_cache(model, max_tokens)

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lrsa.models import make_cache
 from tests.architectures import model_of, tokens
-from tests.cache.feeding import feed, new_cache
+from tests.cache.feeding import feed
 from tests.cache.test_feeding import config_of
 
 
@@ -30,7 +31,7 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("scorer", ["lag_relative", "tova"])
 def test_no_decode_step_copies_the_cache(scorer):
     model, ids = model_of("llama", config_of(scorer)), tokens(1, 600)
-    cache = new_cache(model, max_tokens=620)
+    cache = make_cache(model, max_tokens=620)
     feed(model, cache, ids, 600)
     layer_bytes = cache.report().layers[0].bytes // 2  # of keys alone
     for step in range(18):  # two partitions are compressed on the way

@@ -8,8 +8,8 @@ import torch
 from lrsa.attention import SparseAttentionConfig
 from lrsa.attention.scorers import SCORERS
 from lrsa.cache.graphed import GraphedStep
-from lrsa.models import load_model, set_attention
-from tests.cache.feeding import feed, new_cache, parallel
+from lrsa.models import load_model, make_cache, set_attention
+from tests.cache.feeding import feed, parallel
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 SHAPE = {
@@ -47,14 +47,14 @@ def test_forms_and_feedings_agree(models, scorer, chunk):
         set_attention(model, config, backend=backend)
         assert error(parallel(model, ids), mask_form) <= 2 * dense_error, backend
     for sizes in ([TOKENS], 3 * LAG + 1, [2200, *[1] * 100]):
-        assert error(feed(model, new_cache(model), ids, sizes), mask_form) <= 2 * dense_error, sizes
+        assert error(feed(model, make_cache(model), ids, sizes), mask_form) <= 2 * dense_error, sizes
 
 
 @pytest.mark.parametrize("scorer", ["lag_relative", "tova"])
 def test_a_captured_step_is_an_ordinary_one(models, scorer):
     _, model, ids, dense_error = models
     set_attention(model, SparseAttentionConfig(scorer=scorer, sink_size=16, lag_size=LAG, top_k=16), backend="auto")
-    cache, plain = new_cache(model, TOKENS), new_cache(model, TOKENS)
+    cache, plain = make_cache(model, TOKENS), make_cache(model, TOKENS)
     for one in (cache, plain):
         feed(model, one, ids[:, :2200], 2200)
     expected = feed(model, plain, ids[:, 2200:], 1)

@@ -9,9 +9,9 @@ from lrsa.attention import SparseAttentionConfig
 from lrsa.attention.huggingface import ARCHITECTURES
 from lrsa.attention.scorers import SCORERS
 from lrsa.cache import prefill
-from lrsa.models import set_attention
+from lrsa.models import make_cache, set_attention
 from tests.architectures import FAMILIES, model_of, tokens
-from tests.cache.feeding import feed, kept, new_cache, parallel
+from tests.cache.feeding import feed, kept, parallel
 
 LAG, TOKENS = 8, 50
 CHUNKS = {"C=L": LAG, "C=2L": 2 * LAG, "C=3L+1": 3 * LAG + 1}
@@ -48,7 +48,7 @@ def test_all_forms_and_feedings_agree(family, scorer, chunk):
     torch.testing.assert_close(parallel(model, ids), mask_form, **NEAR)
     held = None
     for block in (1, 64, LAG, 2 * LAG, 3 * LAG + 1, TOKENS):
-        cache = new_cache(model)
+        cache = make_cache(model)
         torch.testing.assert_close(
             feed(model, cache, ids, block), mask_form, **NEAR, msg=lambda m, b=block: f"{b}: {m}"
         )
@@ -71,7 +71,7 @@ def test_kept_tokens_are_those_of_the_parallel_form(scorer, monkeypatch):
 
     config = config_of(scorer)
     model, ids = model_of("llama", config), tokens(2, TOKENS)
-    cache = new_cache(model)
+    cache = make_cache(model)
     feed(model, cache, ids, 13)
     monkeypatch.setattr(api, "select", spy)
     parallel(model, ids)
@@ -88,7 +88,7 @@ def test_kept_tokens_are_those_of_the_parallel_form(scorer, monkeypatch):
 @pytest.mark.parametrize("scorer", ["lag_relative", "tova"])
 def test_uneven_blocks(scorer, sizes):
     model, ids = model_of("llama", config_of(scorer)), tokens(2, TOKENS)
-    torch.testing.assert_close(feed(model, new_cache(model), ids, sizes), parallel(model, ids), **NEAR)
+    torch.testing.assert_close(feed(model, make_cache(model), ids, sizes), parallel(model, ids), **NEAR)
 
 
 @pytest.mark.parametrize("scorer", ["lag_relative", "tova"])
@@ -96,13 +96,13 @@ def test_uneven_blocks(scorer, sizes):
 def test_dense_layers_no_sinks_and_a_full_budget(scorer, sink):
     config = config_of(scorer, sink_size=sink, dense_layers=(0, -1))
     model, ids = model_of("llama", config), tokens(1, TOKENS)
-    cache = new_cache(model)
+    cache = make_cache(model)
     torch.testing.assert_close(feed(model, cache, ids, 7), parallel(model, ids), **NEAR)
     assert [layer.slots for layer in cache.report().layers] == [TOKENS, config.geometry.held(TOKENS), TOKENS]
 
     everything = config_of(scorer, sink_size=sink, top_k=LAG)
     set_attention(model, everything)
-    sparse = feed(model, new_cache(model), ids, 7)
+    sparse = feed(model, make_cache(model), ids, 7)
     set_attention(model, None)
     torch.testing.assert_close(sparse, parallel(model, ids), **NEAR)
 
@@ -116,12 +116,12 @@ def test_a_pyramid_has_all_forms_and_the_same_total(dense_layers):
     set_attention(model, config, backend="gather")
     torch.testing.assert_close(parallel(model, ids), mask_form, **NEAR)
     for block in (1, 13, TOKENS):
-        cache = new_cache(model)
+        cache = make_cache(model)
         torch.testing.assert_close(feed(model, cache, ids, block), mask_form, **NEAR)
     slots = [layer.slots for layer in cache.report().layers]
     uniform = config_of("lag_relative", dense_layers=dense_layers)
     set_attention(model, uniform)
-    flat = new_cache(model)
+    flat = make_cache(model)
     feed(model, flat, ids, TOKENS)
     assert slots[0] > slots[2] and sum(slots) == sum(layer.slots for layer in flat.report().layers)
     assert (parallel(model, ids) - mask_form).abs().max() > 0.01
@@ -131,19 +131,19 @@ def test_prefill_in_blocks_is_prefill_at_once():
     model, ids = model_of("qwen3", config_of("lag_relative")), tokens(2, TOKENS)
     expected = parallel(model, ids)[:, -1]
     for block_size in (None, 1, 20, TOKENS, 1000):
-        cache = new_cache(model)
+        cache = make_cache(model)
         torch.testing.assert_close(prefill(model, ids, cache, block_size=block_size), expected, **NEAR)
         assert cache.get_seq_length() == TOKENS
     with pytest.raises(ValueError, match="block_size=0"):
-        prefill(model, ids, new_cache(model), block_size=0)
+        prefill(model, ids, make_cache(model), block_size=0)
     with pytest.raises(ValueError, match="no token"):
-        prefill(model, ids[:, :0], new_cache(model))
+        prefill(model, ids[:, :0], make_cache(model))
 
 
 @pytest.mark.parametrize("max_tokens", [None, TOKENS])
 def test_storage_moves_only_where_its_size_was_not_given(max_tokens):
     model, ids = model_of("llama", config_of("lag_relative")), tokens(1, TOKENS)
-    cache = new_cache(model, max_tokens)
+    cache = make_cache(model, max_tokens)
     feed(model, cache, ids[:, :1], 1)
     before = [layer.keys.data_ptr() for layer in cache.layers]
     feed(model, cache, ids[:, 1:], 1)
@@ -155,6 +155,6 @@ def test_storage_moves_only_where_its_size_was_not_given(max_tokens):
 
 def test_storage_grows_without_being_told():
     model, ids = model_of("llama", config_of("lag_relative", dense_layers=(1,))), tokens(1, 500)
-    cache = new_cache(model)
+    cache = make_cache(model)
     logits = feed(model, cache, ids, [1, 300, *[1] * 20, 179])
     torch.testing.assert_close(logits, parallel(model, ids), **NEAR)

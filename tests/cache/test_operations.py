@@ -11,9 +11,9 @@ from transformers import DynamicCache, StaticCache
 from lrsa.attention import SparseAttentionConfig
 from lrsa.cache import SparseKVCache, layer
 from lrsa.cache.graphed import GraphedStep
-from lrsa.models import get_attention, set_attention
+from lrsa.models import get_attention, make_cache, set_attention
 from tests.architectures import model_of, tokens
-from tests.cache.feeding import feed, kept, left_padded, new_cache, parallel
+from tests.cache.feeding import feed, kept, left_padded, parallel
 from tests.cache.test_feeding import LAG, NEAR, TOKENS, config_of
 
 
@@ -24,19 +24,19 @@ def model():
 
 def test_crop_takes_back_what_is_not_compressed(model):
     ids = tokens(2, TOKENS)
-    cache = new_cache(model)
+    cache = make_cache(model)
     feed(model, cache, ids[:, :40], 40)  # compressed anew at 35 and at 43
     cache.crop(-5)
     assert cache.get_seq_length() == 35 and cache.lengths == (35, 35)
     torch.testing.assert_close(feed(model, cache, ids[:, 35:], 4), parallel(model, ids)[:, 35:], **NEAR)
-    fresh = new_cache(model)
+    fresh = make_cache(model)
     feed(model, fresh, ids, TOKENS)
     assert kept(cache) == kept(fresh)
 
 
 def test_crop_by_length_as_5_2_asks(model):
     ids = tokens(1, 12)
-    cache = new_cache(model)
+    cache = make_cache(model)
     feed(model, cache, ids, 12)
     cache.crop(0)
     cache.crop(20)
@@ -49,7 +49,7 @@ def test_crop_by_length_as_5_2_asks(model):
 def test_crop_into_compressed_history_is_refused_and_changes_nothing(model):
     rows = [tokens(1, 40)[0], tokens(1, 30)[0]]
     ids, mask = left_padded(rows)
-    cache = new_cache(model)
+    cache = make_cache(model)
     feed(model, cache, ids, 40, mask)
     before = kept(cache), cache.lengths, cache.get_seq_length()
     with pytest.raises(ValueError, match=r"row 0 from 40 to 34 tokens.*at most 5 tokens"):
@@ -64,7 +64,7 @@ def test_crop_into_compressed_history_is_refused_and_changes_nothing(model):
 def test_rows_are_reordered_repeated_and_selected(model):
     rows = [tokens(1, n, n)[0] for n in (40, 25, 33)]
     ids, mask = left_padded(rows)
-    cache = new_cache(model)
+    cache = make_cache(model)
     feed(model, cache, ids, 40, mask)
     held = kept(cache)
     cache.reorder_cache(torch.tensor([2, 0, 0]))
@@ -82,7 +82,7 @@ def test_rows_are_reordered_repeated_and_selected(model):
 
 def test_reset_and_copies_start_anew(model):
     ids = tokens(2, TOKENS)
-    cache = new_cache(model)
+    cache = make_cache(model)
     feed(model, cache, ids, 10)
     saved = copy.deepcopy(cache)
     feed(model, cache, ids[:, :7], 7)
@@ -98,7 +98,7 @@ def test_reset_and_copies_start_anew(model):
 
 
 def cache_of(model, ids):
-    cache = new_cache(model)
+    cache = make_cache(model)
     feed(model, cache, ids, 10)
     return cache
 
@@ -108,7 +108,7 @@ def cache_of(model, ids):
 @pytest.mark.parametrize("at", [0, 1, 2])
 def test_an_interrupted_cache_refuses_further_use(model, monkeypatch, kind, where, at):
     ids = tokens(1, TOKENS)
-    cache = new_cache(model)
+    cache = make_cache(model)
     feed(model, cache, ids[:, :20], 20)
     real = getattr(layer.SparseLayer, where)
 
@@ -134,7 +134,7 @@ def test_an_interrupted_cache_refuses_further_use(model, monkeypatch, kind, wher
 
 @pytest.mark.parametrize("at", [0, 2])
 def test_an_interrupted_compression_between_static_steps_is_noticed(model, monkeypatch, at):
-    ids, cache = tokens(1, 35), new_cache(model, 60)
+    ids, cache = tokens(1, 35), make_cache(model, 60)
     feed(model, cache, ids[:, :34], 34)  # the next token completes a chunk
     real = layer.SparseLayer.compress_due
 
@@ -156,7 +156,7 @@ def test_an_interrupted_compression_between_static_steps_is_noticed(model, monke
 
 
 def test_an_exception_between_layers_is_noticed(model, monkeypatch):
-    ids, cache = tokens(1, 30), new_cache(model)
+    ids, cache = tokens(1, 30), make_cache(model)
 
     def fail(*args):
         raise MemoryError("stop")
@@ -185,7 +185,7 @@ def test_another_compression_than_the_models_is_refused(model):
     other = SparseAttentionConfig(scorer="tova", sink_size=3, lag_size=LAG, top_k=5)
     with pytest.raises(ValueError, match="give both the same"):
         SparseKVCache(other, model.config)
-    cache = new_cache(model)
+    cache = make_cache(model)
     feed(model, cache, tokens(1, 10), 10)
     set_attention(model, other)
     with pytest.raises(ValueError, match="the cache was made for"):
@@ -203,7 +203,7 @@ def test_an_ordinary_cache_is_refused_by_a_sparse_model(model, make):
 
 def test_wrong_masks_positions_and_batches_are_refused(model):
     ids = tokens(2, 30)
-    cache = new_cache(model)
+    cache = make_cache(model)
     feed(model, cache, ids, 30)
     with torch.no_grad():
         with pytest.raises(ValueError, match=r"\[B, columns\] = \(2, 31\)"):
@@ -227,20 +227,20 @@ def test_wrong_masks_positions_and_batches_are_refused(model):
 def test_left_pads_without_position_ids_are_noticed(model):
     ids, mask = left_padded([tokens(1, 20)[0], tokens(1, 30)[0]])
     with torch.no_grad(), pytest.raises(ValueError, match="row 0: new token 10 has position 10 and should have 0"):
-        model(input_ids=ids, attention_mask=mask, past_key_values=new_cache(model))
+        model(input_ids=ids, attention_mask=mask, past_key_values=make_cache(model))
 
 
 def test_gradients_are_refused(model):
     with pytest.raises(ValueError, match="no gradient"):
-        model(input_ids=tokens(1, 10), past_key_values=new_cache(model))
+        model(input_ids=tokens(1, 10), past_key_values=make_cache(model))
 
 
 def test_prefill_chunk_size_of_generate_gives_the_same_or_is_refused(model):
     """transformers 5.2 repeats positions there, even with a dense cache."""
     ids, options = tokens(1, 40), {"do_sample": False, "max_new_tokens": 5, "eos_token_id": None}
-    expected = model.generate(ids, past_key_values=new_cache(model), **options)
+    expected = model.generate(ids, past_key_values=make_cache(model), **options)
     try:
-        found = model.generate(ids, past_key_values=new_cache(model), prefill_chunk_size=16, **options)
+        found = model.generate(ids, past_key_values=make_cache(model), prefill_chunk_size=16, **options)
     except ValueError as error:
         assert "prefill_chunk_size" in str(error)
     else:
@@ -250,7 +250,7 @@ def test_prefill_chunk_size_of_generate_gives_the_same_or_is_refused(model):
 def test_assisted_decoding_is_refused(model):
     with pytest.raises(ValueError, match=r"assisted decoding|compressed history"):  # 5.2 never asks
         model.generate(
-            tokens(1, 40), past_key_values=new_cache(model), do_sample=False, max_new_tokens=30, eos_token_id=2,
+            tokens(1, 40), past_key_values=make_cache(model), do_sample=False, max_new_tokens=30, eos_token_id=2,
             prompt_lookup_num_tokens=3,
         )  # fmt: skip
 
@@ -258,4 +258,4 @@ def test_assisted_decoding_is_refused(model):
 @pytest.mark.parametrize("max_tokens", [0, -3])
 def test_max_tokens_is_positive(model, max_tokens):
     with pytest.raises(ValueError, match=f"max_tokens={max_tokens}"):
-        new_cache(model, max_tokens)
+        make_cache(model, max_tokens)

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from lrsa.attention import slots
+from lrsa.models import make_cache
 from tests.architectures import model_of, tokens
-from tests.cache.feeding import feed, left_padded, new_cache
+from tests.cache.feeding import feed, left_padded
 from tests.cache.test_feeding import CHUNKS, LAG, config_of
 
 
@@ -16,7 +17,7 @@ from tests.cache.test_feeding import CHUNKS, LAG, config_of
 def test_slots_are_the_closed_form(chunk, length):
     config = config_of("lag_relative", chunk)
     model = model_of("llama", config)
-    cache = new_cache(model)
+    cache = make_cache(model)
     feed(model, cache, tokens(2, length), 200)
     report = cache.report()
     geometry = config.geometry
@@ -35,7 +36,7 @@ def test_slots_are_the_closed_form(chunk, length):
 
 def test_buffers_are_all_that_is_allocated_beyond():
     model = model_of("llama", config_of("tova"))
-    cache = new_cache(model, max_tokens=100)
+    cache = make_cache(model, max_tokens=100)
     feed(model, cache, tokens(2, 70), 70)
     for layer, report in zip(cache.layers, cache.report().layers, strict=True):
         storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in vars(layer).values()
@@ -48,7 +49,7 @@ def test_buffers_are_all_that_is_allocated_beyond():
 def test_ragged_rows_dense_layers_and_the_printed_table():
     model = model_of("llama", config_of("lag_relative", dense_layers=(1,)))
     ids, mask = left_padded([tokens(1, 70)[0], tokens(1, 40)[0]])
-    cache = new_cache(model)
+    cache = make_cache(model)
     feed(model, cache, ids, 70, mask)
     report = cache.report()
     assert [layer.kind for layer in report.layers] == ["sparse", "dense", "sparse"]
@@ -59,7 +60,7 @@ def test_ragged_rows_dense_layers_and_the_printed_table():
 
 def test_a_sliding_layer_reports_its_window():
     model = model_of("gemma3_text", config_of("lag_relative"))
-    cache = new_cache(model)
+    cache = make_cache(model)
     feed(model, cache, tokens(1, 60), 60)
     assert [layer.kind for layer in cache.report().layers] == ["sliding", "sparse", "sliding"]
     assert cache.report().layers[0].slots == 19

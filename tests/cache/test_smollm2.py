@@ -10,8 +10,8 @@ import torch
 
 from lrsa.attention import SparseAttentionConfig
 from lrsa.attention.scorers import SCORERS
-from lrsa.models import load_model, load_tokenizer, set_attention
-from tests.cache.feeding import feed, kept, new_cache, parallel
+from lrsa.models import load_model, load_tokenizer, make_cache, set_attention
+from tests.cache.feeding import feed, kept, parallel
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 LAG, TOKENS = 64, 400
@@ -42,7 +42,7 @@ def test_all_forms_and_feedings_agree(smollm2, scorer, chunk):
     torch.testing.assert_close(parallel(model, ids), mask_form, **NEAR)
     held = None
     for block in (1, 64, 2 * LAG, 3 * LAG + 1, TOKENS):
-        cache = new_cache(model)
+        cache = make_cache(model)
         torch.testing.assert_close(
             feed(model, cache, ids, block), mask_form, **NEAR, msg=lambda m, b=block: f"{b}: {m}"
         )
