@@ -28,6 +28,7 @@ class AttentionConf:
     dense_layers: list[int] = field(default_factory=list)
     budget: str = "uniform"
     schedule: str = "chunked"
+    equal_bytes_at: int | None = None
 
 
 @dataclass
@@ -239,7 +240,7 @@ class BenchConf:
     lags: list[int] = field(default_factory=lambda: [128, 1024])
     compressions: list[float] = field(default_factory=lambda: [4])
     sink_size: int = 16
-    scorer: str = "lag_relative"
+    scorers: list[str] = field(default_factory=lambda: ["lag_relative"])
     backends: list[str] = field(default_factory=lambda: ["gather"])  # mode=generate: [0] makes the gate's one pass
     batch_size: int = 1
     query_heads: int = 9

@@ -35,6 +35,8 @@ class SparseAttentionConfig:
         budget: how the kept tokens are shared over layers, the same total each time: ``uniform``, or ``pyramid``,
             linearly falling from the first layer to the last (PyramidKV, arXiv 2406.02069).
         schedule: when partitions are compressed.
+        equal_bytes_at: T, for a window alone (``top_k=0``), which has no ratio: `with_compression` then widens the
+            window, ``lag_size``, to as many slots at T tokens as that compression of this ``lag_size`` would leave.
 
     Raises:
         ValueError: a value out of range or two that contradict each other; the message names them and the fix.
@@ -52,13 +54,14 @@ class SparseAttentionConfig:
     dense_layers: tuple[int, ...] = ()
     budget: str = "uniform"
     schedule: str = "chunked"
+    equal_bytes_at: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scorer_args", dict(self.scorer_args))
         object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
-        for name, least in (("sink_size", 0), ("lag_size", 1), ("chunk_size", 1), ("top_k", 0)):
+        for name, least in (("sink_size", 0), ("lag_size", 1), ("chunk_size", 1), ("top_k", 0), ("equal_bytes_at", 1)):
             value = getattr(self, name)
-            if value is None and name in ("chunk_size", "top_k"):
+            if value is None and name in ("chunk_size", "top_k", "equal_bytes_at"):
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name}={value!r}: give an integer of at least {least}")
@@ -76,6 +79,11 @@ class SparseAttentionConfig:
             raise ValueError(
                 f"top_k={self.top_k} is more than lag_size={self.lag_size}, the tokens of a partition: "
                 f"lower top_k to at most {self.lag_size} or raise lag_size"
+            )
+        if self.equal_bytes_at is not None and self.top_k != 0:
+            raise ValueError(
+                f"equal_bytes_at={self.equal_bytes_at} widens a window, but top_k={self.top_k} keeps tokens of the "
+                "partitions before it: set top_k=0, or leave equal_bytes_at None"
             )
         for name, valid in (("budget", BUDGETS), ("schedule", SCHEDULES)):
             if getattr(self, name) not in valid:
@@ -141,7 +149,12 @@ class SparseAttentionConfig:
         """The same rule at nominal compression ``factor`` (4 for "4x": keep ratio 1/4); None, full attention, at 1."""
         if factor < 1:
             raise ValueError(f"compression {factor} is below 1: 4 means that a quarter is kept, 1 the full cache")
-        return None if factor == 1 else replace(self, keep_ratio=1 / factor, top_k=None)
+        if factor == 1:
+            return None
+        kept = replace(self, keep_ratio=1 / factor, top_k=None, equal_bytes_at=None)
+        if self.equal_bytes_at is None:
+            return kept
+        return replace(self, lag_size=_window(kept.geometry, self.equal_bytes_at), equal_bytes_at=None)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as stored in a model's ``config.json`` under ``lrsa``."""
@@ -174,6 +187,18 @@ def _share(config: SparseAttentionConfig, index: int, num_layers: int) -> Sparse
     layers = [layer for layer in range(num_layers) if layer not in config.dense_layers]
     kept = pyramid(config.geometry.kept, config.lag_size, len(layers))[layers.index(index)]
     return replace(config, budget="uniform", keep_ratio=None, top_k=kept, dense_layers=())
+
+
+@functools.lru_cache(maxsize=64)
+def _window(geometry: Geometry, tokens: int) -> int:
+    """Lag of a window alone, K = 0, that holds as many slots after ``tokens`` as ``geometry``; the widest where several
+    come as close."""
+    wanted = geometry.slots(tokens)
+
+    def distance(lag: int) -> tuple[int, int]:
+        return abs(replace(geometry, lag=lag, kept=0, chunk=lag).slots(tokens) - wanted), -lag
+
+    return min(range(1, tokens + 1), key=distance)
 
 
 def pyramid(mean: int, most: int, layers: int) -> list[int]:

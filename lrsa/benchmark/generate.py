@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from lrsa.attention import SparseAttentionConfig
 from lrsa.benchmark import peers
+from lrsa.benchmark.cases import cases
 from lrsa.benchmark.engines import Dense, Engine, Sparse, bytes_per_slot, weight_bytes
 from lrsa.benchmark.filled import Filled, free_memory, is_out_of_memory, raise_out_of_memory
 from lrsa.benchmark.gate import (
@@ -82,12 +82,8 @@ def _is_peer(name: str) -> bool:
 def _engines(conf: BenchConf) -> Iterator[Engine]:
     if "dense" in conf.engines:
         yield Dense()  # first: the others are compared with it
-    for lag in conf.lags if "lrsa" in conf.engines else ():
-        for compression in conf.compressions:
-            config = SparseAttentionConfig(
-                scorer=conf.scorer, sink_size=conf.sink_size, lag_size=lag, keep_ratio=1 / compression
-            )
-            yield Sparse(config, compression)
+    for config, compression in cases(conf) if "lrsa" in conf.engines else ():
+        yield Sparse(config, compression)
 
 
 @dataclass

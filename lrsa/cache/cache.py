@@ -139,16 +139,20 @@ class SparseKVCache(Cache):
         backend: str,
     ) -> Tensor:
         """See `SparseLayer.attend`. ``attention_mask [B, columns]`` as the tokenizer makes it, 0 at pads."""
-        if config != self.config:
-            raise ValueError(
-                f"the cache was made for {self.config}, the model attends with {config}: make it with "
-                "SparseKVCache(get_attention(model), model.config), or set_attention(model, ...) to the cache's"
-            )
+        if self._step is None and self._static is None:
+            try:
+                self._check_config(config)
+                self._step = self._begin(query, attention_mask, position_ids)
+            except ValueError:
+                if layer is self.layers[0]:  # nothing was written anywhere: the caller may correct it and go on
+                    self._pending = None
+                raise
+        else:
+            self._check_config(config)
         if self._static is not None:
             out = self._attend_static(layer, query, key, value, scale)
         else:
-            if self._step is None:
-                self._step = self._begin(query, attention_mask, position_ids)
+            assert self._step is not None
             out = layer.attend(self._step, query, key, value, scale, backend)
             layer.columns += query.shape[2]
             self._step.attended.add(layer.layer_idx)
@@ -157,6 +161,13 @@ class SparseKVCache(Cache):
         self._scale = scale
         self._pending = None
         return out
+
+    def _check_config(self, config: SparseAttentionConfig) -> None:
+        if config != self.config:
+            raise ValueError(
+                f"the cache was made for {self.config}, the model attends with {config}: make it with "
+                "SparseKVCache(get_attention(model), model.config), or set_attention(model, ...) to the cache's"
+            )
 
     def _begin(self, query: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> Step:
         batch, _, tokens, _ = query.shape
