@@ -218,7 +218,7 @@ class TableConf:
     output: str | None = None  # folder; default: experiments/<study>, without a study `tables`
     title: str = "Post-training x inference compression"
     arms: list[str] = field(default_factory=list)  # rows in this order; []: all, by name
-    reference: str | None = None  # arm that differences are to; default: the first
+    reference: Any = None  # arm that differences are to, or {arm: its own}; default: the first
     tasks: list[str] = field(default_factory=list)
     names: Any = None  # {arm or task: as displayed}; Any, for Hydra refuses new keys of a typed mapping without a `+`
     metric: str = "exact"  # or nll; exact_match, f1 of generated answers
