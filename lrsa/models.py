@@ -222,7 +222,8 @@ def target_logits(
         input_ids: ``[B, T]`` int64.
         answer_mask: bool ``[B, T]``, True at targets; a row's first token cannot be one.
         document_ids: ``[B, T]`` int64, -1 at pads; None where no row is padded or packed.
-        prompt_lengths: int64 ``[B]`` or an int, of sparse attention (`lrsa.attention.sparse_attention`).
+        prompt_lengths: int64 ``[B]`` or an int, tokens of each row before its first answer, pads not counted; for an
+            attention that asks where the prompt ends, others do without.
 
     Returns:
         float32 logits ``[N, V]`` and int64 targets ``[N]``, N targets in row-major order.
@@ -244,8 +245,9 @@ def target_logits(
                 )
     answer_mask = answer_mask[:, 1:]
     columns = answer_mask.any(0).nonzero()[:, 0]  # positions of which some row needs the prediction
+    attention = get_attention(model)
     arguments: dict[str, Any] = dict(_document_arguments(model, document_ids))
-    if prompt_lengths is not None and get_attention(model) is not None:
+    if attention is not None and attention.build_scorer().reads_future:
         arguments["prompt_lengths"] = prompt_lengths
     outputs = model(input_ids=input_ids, logits_to_keep=columns, use_cache=False, **arguments)
     wanted = answer_mask[:, columns]

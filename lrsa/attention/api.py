@@ -72,7 +72,8 @@ def sparse_attention(
             )  # fmt: skip
         if layer is None:
             kept = torch.ones_like(kept)
-        return reference.attend(query, key, value, kept, config.geometry, document_ids, scale)
+        mask = reference.visible(kept, config.geometry, document_ids)
+        return reference.attend(query, key, value, mask, scale)
 
     def attend(query: Tensor, key: Tensor, value: Tensor, kept: Tensor | None) -> Tensor:
         tokens = query.shape[2]
@@ -229,7 +230,7 @@ def attend_selected(
     """
     if backend == "reference":
         kept = kept_mask(index, key.shape[2], geometry, geometry.selected_partitions(key.shape[2]))
-        return reference.attend(query, key, value, kept, geometry, None, scale)
+        return reference.attend(query, key, value, reference.visible(kept, geometry, None), scale)
     run = flex.attend if backend == "flex" else gather.attend
     return run(query, key, value, index, geometry, scale)
 

@@ -33,33 +33,20 @@ def visible(kept: Tensor, geometry: Geometry, document_ids: Tensor | None) -> Te
     return causal[:, None] & (always[:, None] | kept[:, :, None, :])
 
 
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    kept: Tensor,
-    geometry: Geometry,
-    document_ids: Tensor | None,
-    scale: float,
-) -> Tensor:
-    """Softmax attention to what is `visible`, in float32 (float64 if the inputs are), autocast off; no key gives 0.
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """Softmax attention under ``mask`` in float32 (float64 if the inputs are), autocast off; no visible key gives 0.
 
-    ``query [B, Hq, T, D]``, ``key``/``value`` ``[B, H, T, D]``, ``kept`` bool ``[B, H, T]`` -> ``[B, Hq, T, D]``.
+    ``query [B, Hq, T, D]``, ``key``/``value`` ``[B, H, T, D]``, ``mask [B, H, T, T]`` -> ``[B, Hq, T, D]``.
     """
     heads, tokens = key.shape[1:3]
     # Each KV head becomes a row of its own, and the rows are taken some at a time.
-    rows = [x.unflatten(1, (heads, -1)).flatten(0, 1) for x in (query, key, value, kept)]
-    if document_ids is not None:
-        rows.append(document_ids.repeat_interleave(heads, 0))
+    rows = [x.unflatten(1, (heads, -1)).flatten(0, 1) for x in (query, key, value, mask)]
     step = max(1, MOST_LOGITS // (rows[0].shape[1] * tokens**2))
-    parts = []
-    for q, k, v, held, *ids in zip(*(x.split(step) for x in rows), strict=True):
-        parts.append(_attend(q, k, v, visible(held, geometry, ids[0] if ids else None), scale))
+    parts = [_attend(*part, scale) for part in zip(*(x.split(step) for x in rows), strict=True)]
     return torch.cat(parts).unflatten(0, (-1, heads)).flatten(1, 2)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """The same under ``mask [B, H, T, T]``."""
     with torch.autocast(query.device.type, enabled=False):
         dtype = torch.promote_types(query.dtype, torch.float32)
         q = query.to(dtype).unflatten(1, (key.shape[1], -1))  # [B, H, G, T, D]
