@@ -354,6 +354,8 @@ def test_the_page_of_rules_has_a_row_for_each():
         assert row.split("|")[3].strip() == ("yes" if scorer.reads_query else "no")
         for argument in fields(scorer):
             assert f"`{argument.name}` {str(argument.default).lower()}" in row
+    adaptive = page[page.index("`adaptive` (AdaKV") :].split(": those are refused")[0]
+    assert all((f"`{name}`" in adaptive.split("Norms and cosines")[0]) == SCORERS[name].comparable for name in SCORERS)
 
 
 def test_a_rule_from_outside_the_package_has_all_forms(monkeypatch):
