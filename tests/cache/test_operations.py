@@ -30,7 +30,7 @@ def test_what_the_mask_form_alone_computes_is_refused(options, reason):
     model = model_of("llama", SparseAttentionConfig(sink_size=3, lag_size=LAG, **options))
     with pytest.raises(ValueError, match=rf"SparseKVCache cannot hold this: {reason}.*mode=score.*set_attention"):
         make_cache(model)
-    with pytest.raises(ValueError, match="make_cache|prompt_lengths="):
+    with pytest.raises(ValueError, match=r"make_cache|prompt_lengths="):
         model.generate(tokens(1, 40), max_new_tokens=2)
 
 
