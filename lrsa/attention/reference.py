@@ -42,7 +42,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float
     # Each KV head becomes a row of its own, and the rows are taken some at a time.
     rows = [x.unflatten(1, (heads, -1)).flatten(0, 1) for x in (query, key, value, mask)]
     step = max(1, MOST_LOGITS // (rows[0].shape[1] * tokens**2))
-    parts = [_attend(*part, scale) for part in zip(*(x.split(step) for x in rows), strict=True)]
+    parts = [_attend(q, k, v, m, scale) for q, k, v, m in zip(*(x.split(step) for x in rows), strict=True)]
     return torch.cat(parts).unflatten(0, (-1, heads)).flatten(1, 2)
 
 
