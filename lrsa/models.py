@@ -209,7 +209,12 @@ def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
 
 
 def target_logits(
-    model: nn.Module, input_ids: Tensor, answer_mask: Tensor, document_ids: Tensor | None = None
+    model: nn.Module,
+    input_ids: Tensor,
+    answer_mask: Tensor,
+    document_ids: Tensor | None = None,
+    *,
+    prompt_lengths: Tensor | int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The logits that predict each target token, in one pass; the language-model head runs at those positions alone.
 
@@ -217,6 +222,8 @@ def target_logits(
         input_ids: ``[B, T]`` int64.
         answer_mask: bool ``[B, T]``, True at targets; a row's first token cannot be one.
         document_ids: ``[B, T]`` int64, -1 at pads; None where no row is padded or packed.
+        prompt_lengths: int64 ``[B]`` or an int, tokens of each row before its first answer, pads not counted; for an
+            attention that asks where the prompt ends, others do without.
 
     Returns:
         float32 logits ``[N, V]`` and int64 targets ``[N]``, N targets in row-major order.
@@ -238,9 +245,11 @@ def target_logits(
                 )
     answer_mask = answer_mask[:, 1:]
     columns = answer_mask.any(0).nonzero()[:, 0]  # positions of which some row needs the prediction
-    outputs = model(
-        input_ids=input_ids, logits_to_keep=columns, use_cache=False, **_document_arguments(model, document_ids)
-    )
+    attention = get_attention(model)
+    arguments: dict[str, Any] = dict(_document_arguments(model, document_ids))
+    if attention is not None and attention.build_scorer().reads_future:
+        arguments["prompt_lengths"] = prompt_lengths
+    outputs = model(input_ids=input_ids, logits_to_keep=columns, use_cache=False, **arguments)
     wanted = answer_mask[:, columns]
     return outputs.logits[wanted].float(), input_ids[:, 1:][answer_mask]
 

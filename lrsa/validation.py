@@ -16,6 +16,7 @@ import torch
 from hydra.errors import CompactHydraException
 
 from lrsa.attention import BACKENDS, SparseAttentionConfig, from_conf
+from lrsa.attention.scorers import SCORERS
 from lrsa.config import (
     AttentionConf,
     DataConf,
@@ -86,6 +87,9 @@ def check_train(conf: TrainConf) -> None:
     problems = [
         *_model(conf.model),
         *_attention("attention", conf.attention),
+        *_looks_ahead(conf.attention),
+        *_backend(conf.model, "attention", conf.attention),
+        *_backend(conf.model, "evaluation.attention", conf.evaluation.attention),
         *_data(conf.data),
         *_recipe(conf.recipe, conf.attention),
         *_trainer(conf.trainer),
@@ -105,12 +109,15 @@ def check_eval(conf: EvalConf) -> None:
     """Raises ConfigError listing every problem of an `lrsa-eval` config; warns of what runs but looks wrong."""
     problems = [
         *_model(conf.model),
+        *_backend(conf.model, "evaluation.attention", conf.evaluation.attention),
         *_trainer(conf.trainer),
         *_logger(conf.logger),
         *_evaluation(conf.evaluation, None),
     ]
     if conf.mode not in EVAL_MODES:
         problems.append(f"mode={conf.mode!r} is unknown; choose one of {', '.join(EVAL_MODES)}")
+    if conf.mode in ("generate", "lm_eval"):
+        problems += _needs_a_cache(conf)
     if conf.mode == "generate":
         problems += _generate(conf.generate)
         problems += _peer(conf.generate, conf.evaluation)
@@ -163,6 +170,34 @@ def _model(conf: ModelConf) -> Iterator[str]:
 
 def _attention(where: str, conf: AttentionConf) -> list[str]:
     return _raised(where, lambda: from_conf(conf))
+
+
+def _looks_ahead(conf: AttentionConf) -> Iterator[str]:
+    if conf.scorer in SCORERS and SCORERS[conf.scorer].reads_future:
+        yield (
+            f"attention.scorer={conf.scorer} looks ahead in the prompt, which no cache can: what was trained with it "
+            f"would rely on that. Train with another, evaluate with it: attention@evaluation.attention={conf.scorer}"
+        )
+
+
+def _mask_form_only(conf: AttentionConf) -> str | None:
+    """The reason where it is so. What is wrong with the attention otherwise is `_attention`'s to report."""
+    with contextlib.suppress(ValueError):
+        attention = from_conf(conf)
+        return None if attention is None else attention.mask_form_only
+    return None
+
+
+def _backend(model: ModelConf, where: str, conf: AttentionConf) -> Iterator[str]:
+    reason = _mask_form_only(conf)
+    if reason and model.attention_backend not in ("auto", "reference"):
+        yield f"model.attention_backend={model.attention_backend} cannot compute {where}: {reason}; set it to auto"
+
+
+def _needs_a_cache(conf: EvalConf) -> Iterator[str]:
+    reason, by_a_peer = _mask_form_only(conf.evaluation.attention), conf.mode == "generate" and conf.generate.peer
+    if reason and not by_a_peer and any(factor != 1 for factor in conf.evaluation.compressions):
+        yield f"mode={conf.mode} needs a cache, which cannot hold evaluation.attention: {reason}; use mode=score"
 
 
 def _examples(where: str, conf: ExamplesConf) -> Iterator[str]:

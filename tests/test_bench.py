@@ -47,6 +47,12 @@ def test_kernels_are_gated_timed_and_recorded(tmp_path: Path) -> None:
     assert rows[1]["ideal_speedup"] > rows[0]["ideal_speedup"] > 1
 
 
+def test_a_scorer_without_a_fast_form_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"times the fast forms.*: scorer='oracle' ranks .*; choose another scorer"):
+        bench.run(configured(tmp_path / "run", "scorer=oracle"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_wrong_kernel_gets_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = kernels.sparse_attention
 

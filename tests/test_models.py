@@ -307,6 +307,21 @@ def test_target_logits_of_documents_equal_the_documents_alone(layout, attention)
     assert torch.equal(targets, torch.cat(wanted))
 
 
+def test_target_logits_hand_on_where_the_prompt_ends():
+    oracle = SparseAttentionConfig(scorer="oracle", sink_size=3, lag_size=8, top_k=3)
+    ids, mask = tokens(2, 90), torch.zeros(2, 90, dtype=torch.bool)
+    mask[:, 80:] = True
+    with torch.no_grad():
+        found = [target_logits(fresh(oracle), ids, mask, prompt_lengths=n)[0] for n in (80, torch.tensor([80, 40]))]
+        with pytest.raises(ValueError, match=r"pass prompt_lengths=, int64 \[B\] or an int"):
+            target_logits(fresh(oracle), ids, mask)
+        for attention in (None, CONFIG):  # which do not ask
+            plain = target_logits(fresh(attention), ids, mask)[0]
+            assert torch.equal(target_logits(fresh(attention), ids, mask, prompt_lengths=80)[0], plain)
+    same = [torch.allclose(*(x.unflatten(0, (2, 10))[row] for x in found)) for row in range(2)]
+    assert same == [True, False]
+
+
 def test_target_logits_train():
     model, ids = fresh().train(), tokens(2, 90)
     mask = torch.zeros(2, 90, dtype=torch.bool)

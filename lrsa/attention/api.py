@@ -14,7 +14,7 @@ from lrsa.attention import flex, gather, reference
 from lrsa.attention.config import SparseAttentionConfig
 from lrsa.attention.documents import find_documents, per_document
 from lrsa.attention.layout import Geometry
-from lrsa.attention.selection import check_kept, kept_index, kept_mask, select
+from lrsa.attention.selection import check_kept, kept_index, kept_mask, select, select_freely
 
 log = logging.getLogger(__name__)
 BACKENDS = ("auto", "reference", "gather", "flex")
@@ -30,6 +30,7 @@ def sparse_attention(
     kept: Tensor | None = None,
     layer_idx: int = 0,
     document_ids: Tensor | None = None,
+    prompt_lengths: Tensor | int | None = None,
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -42,9 +43,12 @@ def sparse_attention(
         kept: bool ``[B, H, T]`` as `kept_tokens` returns it, to skip the selection.
         layer_idx: read by scorers that depend on the layer, and matched against ``config.dense_layers``.
         document_ids: int ``[B, T]``, -1 for a pad; None: each row is one document. Padding and packing alike.
+        prompt_lengths: int64 ``[B]`` or an int, tokens of each row's document before its answer, pads not counted;
+            needed by scorers that look ahead in the prompt.
         scale: of the logits; 1/sqrt(D) by default.
         backend: ``reference`` (mask form, O(T^2) memory), ``gather`` (chunked SDPA, any device), ``flex``
-            (FlexAttention, CUDA), or ``auto``.
+            (FlexAttention, CUDA), or ``auto``, which is ``reference`` for what no other can compute
+            (`SparseAttentionConfig.mask_form_only`).
 
     Returns:
         ``[B, Hq, T, D]`` in ``query``'s dtype (under autocast in autocast's, as PyTorch's own attention, ``reference``
@@ -56,15 +60,16 @@ def sparse_attention(
     """
     _check(query, key, value, kept, document_ids)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    backend = choose_backend(backend, query, document_ids)
     layer = config.for_layer(layer_idx)
+    backend = choose_backend(backend, query, document_ids, layer)
     if kept is not None and layer is not None:
-        _check_counts(kept, config.geometry, document_ids)
+        _check_counts(kept, config, document_ids)
     if backend == "reference":
         if kept is None:
             kept = kept_tokens(
-                key, value, config, query=query, layer_idx=layer_idx, document_ids=document_ids, scale=scale
-            )
+                key, value, config, query=query, layer_idx=layer_idx, document_ids=document_ids,
+                prompt_lengths=prompt_lengths, scale=scale,
+            )  # fmt: skip
         if layer is None:
             kept = torch.ones_like(kept)
         mask = reference.visible(kept, config.geometry, document_ids)
@@ -96,6 +101,7 @@ def kept_tokens(
     query: Tensor | None = None,
     layer_idx: int = 0,
     document_ids: Tensor | None = None,
+    prompt_lengths: Tensor | int | None = None,
     scale: float | None = None,
 ) -> Tensor:
     """Which tokens each head still holds once all T were read.
@@ -104,16 +110,29 @@ def kept_tokens(
 
     Returns:
         bool ``[B, H, T]``: True for sinks, kept tokens, and what is not compressed (yet); False for pads.
+
+    Raises:
+        ValueError: the scorer needs queries or prompt lengths that are missing or do not fit.
     """
-    geometry = config.geometry
+    geometry, tokens = config.geometry, key.shape[2]
+    lengths = _prompt_lengths(prompt_lengths, key, document_ids) if config.build_scorer().reads_future else None
     if document_ids is not None:
-        kept = per_document(
-            lambda k, v, q: kept_tokens(k, v, config, query=q, layer_idx=layer_idx, scale=scale),
-            document_ids, key, value, query, fill=False,
-        )  # fmt: skip
+        # A row's length as a tensor of its tokens: what belongs to a document is found by them.
+        of_tokens = None if lengths is None else lengths[:, None, None].expand(-1, 1, tokens)
+
+        def of_documents(k: Tensor, v: Tensor, q: Tensor | None, n: Tensor | None) -> Tensor:
+            n = None if n is None else n[:, 0, 0]
+            return kept_tokens(k, v, config, query=q, prompt_lengths=n, layer_idx=layer_idx, scale=scale)
+
+        kept = per_document(of_documents, document_ids, key, value, query, of_tokens, fill=False)
         return kept | _not_due(document_ids, geometry)[:, None]
-    tokens = key.shape[2]
     partitions = geometry.compressed(tokens) if config.for_layer(layer_idx) else 0
+    if config.mask_form_only and partitions:
+        flags = select_freely(
+            key, value, config, partitions, query=query, prompt_lengths=lengths, layer_idx=layer_idx, scale=scale
+        )
+        around = geometry.sink, tokens - geometry.raw_start(partitions)
+        return torch.nn.functional.pad(flags.flatten(-2), around, value=True)
     index = select(key, value, config, partitions, query=query, layer_idx=layer_idx, scale=scale)
     return kept_mask(index, tokens, geometry, partitions)
 
@@ -128,14 +147,25 @@ def slots(config: SparseAttentionConfig | None, tokens: int) -> int:
     return tokens if config is None else config.geometry.slots(tokens)
 
 
-def choose_backend(backend: str, query: Tensor, document_ids: Tensor | None = None) -> str:
-    """``auto`` resolved; an explicit backend that cannot run here is an error that says why.
+def choose_backend(
+    backend: str,
+    query: Tensor,
+    document_ids: Tensor | None = None,
+    config: SparseAttentionConfig | None = None,
+) -> str:
+    """``auto`` resolved; an explicit backend that cannot run here or compute ``config`` is an error that says why.
 
     Raises:
         ValueError: as said.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is unknown: choose one of {', '.join(BACKENDS)}")
+    if config is not None and config.mask_form_only:
+        if backend not in ("auto", "reference"):
+            raise ValueError(
+                f"backend={backend!r} cannot compute this: {config.mask_form_only}; use 'reference' or 'auto'"
+            )
+        return "reference"
     obstacle = flex.obstacle(query)
     if backend == "flex" and obstacle:
         raise ValueError(f"backend='flex' cannot run here: {obstacle}; use 'gather' or 'auto'")
@@ -156,12 +186,31 @@ def _not_due(document_ids: Tensor, geometry: Geometry) -> Tensor:
     return result.to(document_ids.device)
 
 
-def _check_counts(kept: Tensor, geometry: Geometry, document_ids: Tensor | None) -> None:
+def _prompt_lengths(given: Tensor | int | None, key: Tensor, document_ids: Tensor | None) -> Tensor | None:
+    """``[B]`` int64 on ``key``'s device."""
+    if given is None:
+        return None
+    lengths = torch.as_tensor(given, device=key.device)
+    if lengths.is_floating_point() or lengths.dtype == torch.bool or lengths.shape not in ((), key.shape[:1]):
+        raise ValueError(
+            f"prompt_lengths must be an int or int64 [B] = ({len(key)},), not {lengths.dtype} {tuple(lengths.shape)}"
+        )
+    rows = [] if document_ids is None else [document.row for document in find_documents(document_ids)]
+    if len(rows) > len(set(rows)):
+        raise ValueError(
+            "prompt_lengths has one length a row, but document_ids packs several documents into one: give each a row "
+            "of its own"
+        )
+    return lengths.long().expand(key.shape[0])
+
+
+def _check_counts(kept: Tensor, config: SparseAttentionConfig, document_ids: Tensor | None) -> None:
     if document_ids is None:
-        check_kept(kept, geometry)
+        check_kept(kept, config)
         return
     for document in find_documents(document_ids):
-        check_kept(kept[document.row, :, document.start : document.start + document.length], geometry)
+        span = slice(document.start, document.start + document.length)
+        check_kept(kept[document.row : document.row + 1, :, span], config)
 
 
 def _autocast(x: Tensor) -> Tensor:

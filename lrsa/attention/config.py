@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from lrsa.attention.layout import Geometry
-from lrsa.attention.scorers import Scorer, build_scorer
+from lrsa.attention.scorers import SCORERS, Scorer, build_scorer
 from lrsa.config import AttentionConf
 
-BUDGETS = ("uniform", "pyramid")
+BUDGETS = ("uniform", "pyramid", "adaptive")
 PYRAMID_BETA = 20  # the last layer keeps 1/20 of the mean (PyramidKV's own setting)
 SCHEDULES = ("chunked",)
 DEFAULT_KEEP_RATIO = 0.25
@@ -32,8 +32,9 @@ class SparseAttentionConfig:
         top_k: K in [0, L], the kept tokens as a count. At most one of ``keep_ratio`` and ``top_k``.
         chunk_size: C >= 1, tokens between two compressions; L by default, where training, prefill and decode coincide.
         dense_layers: indices of layers with full attention; negative ones count from the last layer.
-        budget: how the kept tokens are shared over layers, the same total each time: ``uniform``, or ``pyramid``,
-            linearly falling from the first layer to the last (PyramidKV, arXiv 2406.02069).
+        budget: how the kept tokens are shared, the same total each time: ``uniform``, ``pyramid``, linearly falling
+            from the first layer to the last (PyramidKV, arXiv 2406.02069), or ``adaptive``, to the heads of a layer by
+            their scores (AdaKV, arXiv 2407.11550; mask form alone).
         schedule: when partitions are compressed.
         equal_bytes_at: T, for a window alone (``top_k=0``), which has no ratio: `with_compression` then widens the
             window, ``lag_size``, to as many slots at T tokens as that compression of this ``lag_size`` would leave.
@@ -88,7 +89,13 @@ class SparseAttentionConfig:
         for name, valid in (("budget", BUDGETS), ("schedule", SCHEDULES)):
             if getattr(self, name) not in valid:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose one of {', '.join(valid)}")
-        self.build_scorer()  # an unknown scorer or argument fails here, before any forward
+        scorer = self.build_scorer()  # an unknown scorer or argument fails here, before any forward
+        if self.budget == "adaptive" and not scorer.comparable:
+            raise ValueError(
+                f"budget='adaptive' shares tokens by comparing scores of different heads, and those of scorer="
+                f"{self.scorer!r} rank the tokens of one head alone: choose one of "
+                f"{', '.join(name for name in sorted(SCORERS) if SCORERS[name].comparable)}, or budget='uniform'"
+            )
 
     def __hash__(self) -> int:
         values = {f.name: getattr(self, f.name) for f in fields(self)} | {"scorer_args": self._frozen_args}
@@ -111,6 +118,21 @@ class SparseAttentionConfig:
     def build_scorer(self) -> Scorer:
         return build_scorer(self.scorer, self.scorer_args)
 
+    @functools.cached_property
+    def mask_form_only(self) -> str | None:
+        """Why the mask form (``backend="reference"``) alone computes this; None where every form does."""
+        if self.build_scorer().reads_future:
+            return (
+                f"scorer={self.scorer!r} ranks a partition by queries that come after it was compressed, which takes "
+                "the whole prompt at once"
+            )
+        if self.budget == "adaptive":
+            return (
+                "budget='adaptive' keeps another number of tokens in each head, where kernels and cache hold one for "
+                "all (padding to the largest would save nothing)"
+            )
+        return None
+
     def for_layer(self, index: int, num_layers: int | None = None) -> SparseAttentionConfig | None:
         """The config of layer ``index``, or None where that layer attends densely.
 
@@ -122,7 +144,7 @@ class SparseAttentionConfig:
         resolved = self.resolved(num_layers)
         if index in resolved.dense_layers:
             return None
-        if self.budget == "uniform":
+        if self.budget != "pyramid":
             return self
         if num_layers is None:
             raise ValueError(

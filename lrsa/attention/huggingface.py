@@ -46,9 +46,9 @@ def attention(
     """transformers' attention interface: ``[B, heads, T, D]`` in, ``([B, T, Hq, D], None)`` out.
 
     ``attention_mask`` is what `mask` returned: the tokenizer's ``[B, T]``, 0 at pads, or None. Packed documents are
-    told by ``document_ids`` among the keyword arguments, or by ``position_ids`` that start anew. With a `SparseKVCache`
-    the keys are those of the newest block, and bring their cache along. A sliding-window layer, which never holds more
-    than its window, is attended as ever.
+    told by ``document_ids`` among the keyword arguments, or by ``position_ids`` that start anew; ``prompt_lengths`` is
+    handed on. With a `SparseKVCache` the keys are those of the newest block, and bring their cache along. A
+    sliding-window layer, which never holds more than its window, is attended as ever.
 
     Raises:
         ValueError: something that sparse attention does not compute: another cache, dropout, soft-capping.
@@ -105,8 +105,9 @@ def attention(
     depth: int = module.config.num_hidden_layers  # type: ignore[union-attr, assignment]
     config = config.for_layer(layer_idx, depth) or config
     out = sparse_attention(
-        query, key, value, config, layer_idx=layer_idx, document_ids=document_ids, scale=scaling, backend=backend
-    )
+        query, key, value, config, layer_idx=layer_idx, document_ids=document_ids,
+        prompt_lengths=kwargs.get("prompt_lengths"), scale=scaling, backend=backend,
+    )  # fmt: skip
     return out.transpose(1, 2).contiguous(), None
 
 

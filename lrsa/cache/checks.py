@@ -14,6 +14,11 @@ from lrsa.cache.step import Step
 
 
 def check_model(config: SparseAttentionConfig, text_config: Any) -> None:
+    if config.mask_form_only:
+        raise ValueError(
+            f"SparseKVCache cannot hold this: {config.mask_form_only}. Score it in one pass without a cache "
+            "(lrsa-eval mode=score, use_cache=False), or set_attention to a config that a cache can follow"
+        )
     implementation = getattr(text_config, "_attn_implementation", None)
     if implementation != NAME:
         raise ValueError(

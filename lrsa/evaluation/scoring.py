@@ -68,6 +68,7 @@ def score(
                 batch["input_ids"].to(device),
                 batch["answer_mask"].to(device),
                 None if document_ids is None else document_ids.to(device),
+                prompt_lengths=torch.tensor([sample.answer_spans[0][0] for sample in rows], device=device),
             )
             nll = F.cross_entropy(logits, targets, reduction="none")
             # One copy from the device a batch: [2, N], N target tokens in row-major order.

@@ -17,7 +17,7 @@ from tests.attention.tensors import random_inputs
 @pytest.mark.parametrize(
     ("values", "parts"),
     [
-        ({"scorer": "snapkv2"}, ["'snapkv2'", "lag_relative, random, recency, snapkv, tova"]),
+        ({"scorer": "snapkv2"}, ["'snapkv2'", "lag_relative, oracle, random, recency, snapkv, tova"]),
         ({"scorer_args": {"seed": 1}}, ["'lag_relative'", "['seed']", "value_weight"]),
         ({"scorer": "tova", "scorer_args": {"seed": 1}}, ["'tova'", "['seed']", "none"]),
         ({"keep_ratio": 0.0}, ["keep_ratio=0.0", "(0, 1]", "top_k=0"]),
@@ -35,7 +35,7 @@ from tests.attention.tensors import random_inputs
         ({"sink_size": "16"}, ["sink_size='16'", "integer"]),
         ({"chunk_size": 0}, ["chunk_size=0", "at least 1"]),
         ({"chunk_size": 2.0}, ["chunk_size=2.0", "integer"]),
-        ({"budget": "cone"}, ["budget='cone'", "uniform, pyramid"]),
+        ({"budget": "cone"}, ["budget='cone'", "uniform, pyramid, adaptive"]),
         ({"schedule": "sliding"}, ["schedule='sliding'", "chunked"]),
     ],
     ids=lambda x: "-".join(f"{k}={v}" for k, v in x.items()) if isinstance(x, dict) else "",

@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lrsa.attention import SparseAttentionConfig, checkpoint_contexts, kept_tokens, sparse_attention
 from lrsa.attention.scorers import SCORERS, Partitions, Scorer
-from tests.attention.tensors import packed_ids, random_inputs
+from tests.attention.tensors import COMPARABLE, LOCAL, packed_ids, random_inputs
 
 
 @pytest.fixture
@@ -44,10 +44,13 @@ def test_gradcheck_in_float64(chunk, ids, backend):
     assert torch.autograd.gradcheck(lambda q, k, v: function(q, k, v), inputs, atol=1e-6, fast_mode=False)
 
 
-@pytest.mark.parametrize("backend", ["reference", "gather"])
-@pytest.mark.parametrize("scorer", sorted(SCORERS))
-def test_checkpointing_keeps_the_selection_and_the_gradients(scorer, backend, counting_scorer):
-    config = SparseAttentionConfig(scorer=scorer, sink_size=1, lag_size=8, top_k=2)
+@pytest.mark.parametrize(
+    ("scorer", "budget", "backend"),
+    [(scorer, "uniform", backend) for scorer in LOCAL for backend in ("reference", "gather")]
+    + [(scorer, "adaptive", "reference") for scorer in COMPARABLE if scorer in LOCAL],
+)
+def test_checkpointing_keeps_the_selection_and_the_gradients(scorer, budget, backend, counting_scorer):
+    config = SparseAttentionConfig(scorer=scorer, sink_size=1, lag_size=8, top_k=2, budget=budget)
     weight = torch.eye(16) + 0.1
 
     def block(q, k, v):

@@ -22,6 +22,18 @@ def model():
     return model_of("llama", config_of("tova"))
 
 
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [({"scorer": "oracle"}, "scorer='oracle' ranks"), ({"scorer": "tova", "budget": "adaptive"}, "budget='adaptive'")],
+)
+def test_what_the_mask_form_alone_computes_is_refused(options, reason):
+    model = model_of("llama", SparseAttentionConfig(sink_size=3, lag_size=LAG, **options))
+    with pytest.raises(ValueError, match=rf"SparseKVCache cannot hold this: {reason}.*mode=score.*set_attention"):
+        make_cache(model)
+    with pytest.raises(ValueError, match=r"make_cache|prompt_lengths="):
+        model.generate(tokens(1, 40), max_new_tokens=2)
+
+
 def test_crop_takes_back_what_is_not_compressed(model):
     ids = tokens(2, TOKENS)
     cache = make_cache(model)
