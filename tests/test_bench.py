@@ -49,7 +49,7 @@ def test_kernels_are_gated_timed_and_recorded(tmp_path: Path) -> None:
 
 def test_a_scorer_without_a_fast_form_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"times the fast forms.*: scorer='oracle' ranks .*; choose another scorer"):
-        bench.run(configured(tmp_path / "run", "scorer=oracle"))
+        bench.run(configured(tmp_path / "run", "scorers=[lag_relative,oracle]"))
     assert not (tmp_path / "run").exists()
 
 
