@@ -26,6 +26,13 @@ MATRIX_TESTS ?= tests/cache tests/attention/test_huggingface.py tests/test_model
 # -- make test-peers
 PEERS_VENV := .venv-peers
 
+# -- make bench-generation
+BENCH_RUNS := outputs/generation/$(shell date +%Y-%m-%d_%H-%M-%S)
+BENCH = lrsa-bench mode=generate device=cuda 'lags=[128]'
+SMOLLM2_8K = model=smollm2_random model.dtype=bfloat16 'lengths=[8192]'
+LLAMA_8B = model=llama3_8b_random
+PEERS = 'engines=[dense,kvpress/LagKVPress]' largest_batch=false
+
 # -- make bundle
 PYTHON_VERSION ?= 3.12
 PLATFORM ?= manylinux_2_28_x86_64
@@ -36,7 +43,7 @@ DATA ?=
 EXTRAS ?=
 SPLIT_MB ?=
 
-.PHONY: help venv demo test test-slow test-matrix test-peers check format model bundle clean
+.PHONY: help venv demo test test-slow test-matrix test-peers bench-generation check format model bundle clean
 
 help:
 	@echo 'make demo        post-train a small model with and without LRSA, print the table (CPU, no network needed once installed)'
@@ -44,6 +51,7 @@ help:
 	@echo 'make test-slow   the slow tests alone'
 	@echo 'make test-matrix the tests of what touches transformers, on the oldest that is supported, in a second environment'
 	@echo 'make test-peers  our rules against kvpress, in an environment of its own'
+	@echo 'make bench-generation  speed of generation on a GPU: dense, LRSA, kvpress'
 	@echo 'make check       ruff, mypy, import order'
 	@echo 'make format      let ruff rewrite the sources'
 	@echo 'make model       SmolLM2-135M-Instruct into models/'
@@ -102,6 +110,16 @@ $(PEERS_VENV)/.installed: pyproject.toml constraints.txt
 	@$(PEERS_VENV)/bin/python -m pip install -qq --disable-pip-version-check $(PIP_ARGS) -c $(PEERS_VENV)/constraints.txt \
 	  -e '.[dev,peers]'
 	@touch $@
+
+# Dense and LRSA in one process, kvpress in another environment; on a GPU, for a quarter of an hour.
+bench-generation: $(STAMP) $(PEERS_VENV)/.installed
+	$(BIN)/$(BENCH) $(SMOLLM2_8K) 'compressions=[2,4,8]' rounds=3 hydra.run.dir=$(BENCH_RUNS)/smollm2-8k
+	$(BIN)/$(BENCH) $(LLAMA_8B) 'lengths=[32768]' 'compressions=[2,4,8]' rounds=2 hydra.run.dir=$(BENCH_RUNS)/llama8b-32k
+	$(BIN)/$(BENCH) $(LLAMA_8B) 'lengths=[131072]' 'compressions=[4,2,8]' rounds=1 'backends=[flex]' hydra.run.dir=$(BENCH_RUNS)/llama8b-128k
+	$(PEERS_VENV)/bin/$(BENCH) $(PEERS) $(SMOLLM2_8K) 'compressions=[2,4,8]' rounds=3 hydra.run.dir=$(BENCH_RUNS)/kvpress-smollm2-8k
+	$(PEERS_VENV)/bin/$(BENCH) $(PEERS) $(LLAMA_8B) 'lengths=[32768]' 'compressions=[2,4,8]' rounds=1 hydra.run.dir=$(BENCH_RUNS)/kvpress-llama8b-32k
+	$(PEERS_VENV)/bin/$(BENCH) $(PEERS) $(LLAMA_8B) 'lengths=[131072]' 'compressions=[4]' rounds=1 hydra.run.dir=$(BENCH_RUNS)/kvpress-llama8b-128k
+	$(BIN)/lrsa-bench 'records=[$(BENCH_RUNS)]' table=$(BENCH_RUNS)/table.md
 
 # All four run, whatever the first one says.
 check: $(STAMP)

@@ -220,6 +220,7 @@ class TableConf:
     arms: list[str] = field(default_factory=list)  # rows in this order; []: all, by name
     reference: Any = None  # arm that differences are to, or {arm: its own}; default: the first
     tasks: list[str] = field(default_factory=list)
+    compressions: list[float] = field(default_factory=list)  # columns, 1 for the full cache; []: all, and the floor
     names: Any = None  # {arm or task: as displayed}; Any, for Hydra refuses new keys of a typed mapping without a `+`
     metric: str = "exact"  # or nll; exact_match, f1 of generated answers
     formats: list[str] = field(default_factory=lambda: ["markdown", "latex", "csv"])

@@ -43,6 +43,7 @@ def build(conf: TableConf, command: str = "lrsa-table") -> tuple[ResultTable, li
         title=conf.title,
         arms=conf.arms,
         tasks=conf.tasks,
+        compressions=conf.compressions,
         reference=conf.reference,
         names={key: str(name) for key, name in (conf.names or {}).items()},
         metric=conf.metric,

@@ -49,8 +49,8 @@ def accuracy_figure(cells: pd.DataFrame) -> Figure:
     floor.
 
     `cells` has a row a (task, arm, compression): `store.cells_frame` of one run, or `tables.plot_frame` of a table,
-    with `exact`, `exact_low`, `exact_high` as fractions. Several rows for one cell raise ValueError: join the seeds
-    first.
+    with `exact`, `exact_low`, `exact_high` as fractions; with `partner`, an arm and the one that it is compared with
+    share a colour, the latter dashed. Several rows for one cell raise ValueError: join the seeds first.
     """
     repeated = cells.duplicated(["task", "arm", "column"])
     if repeated.any():
@@ -58,12 +58,15 @@ def accuracy_figure(cells: pd.DataFrame) -> Figure:
         where = f"arm '{row.arm}' has several values for {row.task} at {row.column}"
         raise ValueError(f"{where}; join the seeds first (tables.build_table, tables.plot_frame)")
     tasks, arms = list(dict.fromkeys(cells["task"])), list(dict.fromkeys(cells["arm"]))
+    partner = dict(zip(cells["arm"], cells["partner"], strict=True)) if "partner" in cells else {}
+    groups = list(dict.fromkeys(partner.get(arm) or arm for arm in arms))
     figure, panels = _panels(len(tasks))
     with mpl.rc_context(STYLE):
         for task, axes in zip(tasks, panels, strict=True):
             of_task = cells[cells["task"] == task]
-            for index, arm in enumerate(arms):
-                _draw_arm(axes, of_task[of_task["arm"] == arm], str(arm), index, len(arms))
+            for arm in arms:
+                group, dashed = groups.index(partner.get(arm) or arm), bool(partner.get(arm))
+                _draw_arm(axes, of_task[of_task["arm"] == arm], str(arm), group, len(groups), dashed)
             axes.set_title(str(task), loc="left", fontweight="bold")
             _ratio_axis(axes, of_task["measured_ratio"].dropna().to_numpy(dtype=float))
             _percent_axis(axes, 100 * float(of_task["exact_high"].max()))
@@ -74,19 +77,22 @@ def accuracy_figure(cells: pd.DataFrame) -> Figure:
     return figure
 
 
-def _draw_arm(axes: Axes, cells: pd.DataFrame, arm: str, index: int, count: int) -> None:
+def _draw_arm(axes: Axes, cells: pd.DataFrame, arm: str, index: int, count: int, dashed: bool) -> None:
     colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
     line = cells[cells["measured_ratio"].notna() & cells["compression"].notna()].sort_values("measured_ratio")
     x = line["measured_ratio"].to_numpy(dtype=float)
     mean, low, high = (100 * line[name].to_numpy(dtype=float) for name in ("exact", "exact_low", "exact_high"))
-    axes.fill_between(x, low, high, color=colour, alpha=0.16, linewidth=0)
+    if not dashed:
+        axes.fill_between(x, low, high, color=colour, alpha=0.16, linewidth=0)
     axes.plot(
         x,
         mean,
         color=colour,
+        linestyle="--" if dashed else "-",
         marker=marker,
-        markeredgecolor="white",
-        markeredgewidth=0.4,
+        markerfacecolor="white" if dashed else colour,
+        markeredgecolor=colour if dashed else "white",
+        markeredgewidth=0.8 if dashed else 0.4,
         label=arm,
         clip_on=False,
         zorder=3,

@@ -123,6 +123,7 @@ def build_table(
     title: str = "Post-training x inference compression",
     arms: Sequence[str] = (),
     tasks: Sequence[str] = (),
+    compressions: Sequence[float] = (),
     reference: str | Mapping[str, str] | None = None,
     names: Mapping[str, str] | None = None,
     metric: str = "exact",
@@ -133,14 +134,18 @@ def build_table(
     """Join `records` into a table: seeds of an arm together, arms paired by example.
 
     `arms` and `tasks` give rows and their order (default: all, arms by name, tasks as evaluated); one that no record
-    holds becomes `missing` cells. `reference` (default: the first arm) is what the differences are to, or for each
-    arm that is to have one, its own. `names` are display names. Raises ValueError for an unknown metric or reference
-    and for arms scored on different examples; RecordError where outcomes contradict the record's cells, two different
-    experiments claim one cell, or nothing is left.
+    holds becomes `missing` cells. `compressions` choose the columns (default: all that were measured, and the floor).
+    `reference` (default: the first arm) is what the differences are to, or for each arm that is to have one, its own.
+    `names` are display names. Raises ValueError for an unknown metric or reference and for arms scored on different
+    examples; RecordError where outcomes contradict the record's cells, two different experiments claim one cell, or
+    nothing is left.
     """
     if metric not in METRICS:
         raise ValueError(f"unknown metric '{metric}'; choose from {', '.join(METRICS)}")
-    joined = Joined(collect_cells(records, metric, arms, tasks), n_resamples, seed)
+    cells = collect_cells(records, metric, arms, tasks)
+    if compressions:
+        cells = {key: cell for key, cell in cells.items() if key[2] in compressions}
+    joined = Joined(cells, n_resamples, seed)
     arms = list(arms) or sorted({arm for arm, _, _ in joined.cells})
     tasks = list(tasks) or list(dict.fromkeys(task for _, task, _ in joined.cells))
     reference = reference if reference is not None else (arms[0] if len(arms) > 1 else None)
@@ -214,15 +219,19 @@ def _notes(table: ResultTable, joined: Joined) -> tuple[str, ...]:
 
 def plot_frame(table: ResultTable) -> pd.DataFrame:
     """The table's measured cells, seeds joined, as `figures.accuracy_figure` reads them; names are display names.
+    `partner` of an arm that is another's own reference: that other.
 
     Raises ValueError for a table of another metric than exact match.
     """
     if table.metric.name != "exact":
         raise ValueError(f"the figure shows exact match, this table holds {table.metric.name}")
+    own = table.differences if table.reference is None else ()
+    partners = {row.reference: table.name(row.arm) for row in own}
     rows = [
         {
             "task": table.name(row.task),
             "arm": table.name(row.arm),
+            "partner": partners.get(row.arm, ""),
             "column": column.label,
             "compression": column.compression,
             "measured_ratio": cell.measured_ratio,

@@ -211,6 +211,12 @@ def test_each_arm_may_have_its_own_reference(make_run: MakeRun) -> None:
         build_table(records, reference={"a": "dense_c"}, **FAST)
 
 
+def test_columns_can_be_chosen(make_run: MakeRun) -> None:
+    table = build_table([make_run("dense", DENSE), make_run("lrsa", LRSA)], compressions=[4.0], **FAST)
+    assert [column.header for column in table.columns] == ["4x (3.37x)"]
+    assert all(len(row.cells) == 1 for row in (*table.rows, *table.differences))
+
+
 def test_unknown_reference_and_empty_selection(make_run: MakeRun) -> None:
     record = make_run("dense", DENSE)
     with pytest.raises(ValueError, match="reference arm 'x' is not among the table's arms: dense"):
