@@ -10,8 +10,9 @@ import logging
 import torch
 from torch import Tensor
 
-from lrsa.attention import flex, gather, reference
-from lrsa.attention.config import SparseAttentionConfig
+from lrsa.attention import flex, gather, once, reference
+from lrsa.attention.config import ONCE, SparseAttentionConfig
+from lrsa.attention.dense import attend_dense
 from lrsa.attention.documents import find_documents, per_document
 from lrsa.attention.layout import Geometry
 from lrsa.attention.selection import check_kept, kept_index, kept_mask, select
@@ -30,6 +31,7 @@ def sparse_attention(
     kept: Tensor | None = None,
     layer_idx: int = 0,
     document_ids: Tensor | None = None,
+    prompt_lengths: Tensor | int | None = None,
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -42,9 +44,12 @@ def sparse_attention(
         kept: bool ``[B, H, T]`` as `kept_tokens` returns it, to skip the selection.
         layer_idx: read by scorers that depend on the layer, and matched against ``config.dense_layers``.
         document_ids: int ``[B, T]``, -1 for a pad; None: each row is one document. Padding and packing alike.
+        prompt_lengths: int64 ``[B]``, or one integer: tokens of each row's prompt, pads not counted. For schedule
+            ``prefill_once``, which needs them, and takes one document a row.
         scale: of the logits; 1/sqrt(D) by default.
         backend: ``reference`` (mask form, O(T^2) memory), ``gather`` (chunked SDPA, any device), ``flex``
-            (FlexAttention, CUDA), or ``auto``.
+            (FlexAttention, CUDA), or ``auto``. ``prefill_once`` has one parallel form, on PyTorch's own kernels, which
+            runs for all but ``reference``.
 
     Returns:
         ``[B, Hq, T, D]`` in ``query``'s dtype (under autocast in autocast's, as PyTorch's own attention, ``reference``
@@ -52,10 +57,14 @@ def sparse_attention(
 
     Raises:
         ValueError: shapes or dtypes that do not fit, a ``kept`` with other than K tokens in a compressed partition,
-            an unknown backend, or one that cannot run here and why.
+            an unknown backend, or one that cannot run here and why; ``prompt_lengths`` missing or not asked for.
     """
     _check(query, key, value, kept, document_ids)
+    once.refuse_prompt_lengths(config, prompt_lengths)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if config.schedule == ONCE:
+        rows = once.find_rows(prompt_lengths, document_ids, key.shape[0], key.shape[2])
+        return _attend_once(query, key, value, config, rows, kept, layer_idx, document_ids, scale, backend)
     backend = choose_backend(backend, query, document_ids)
     layer = config.for_layer(layer_idx)
     if kept is not None and layer is not None:
@@ -88,6 +97,34 @@ def sparse_attention(
     return per_document(attend, document_ids, query, key, value, kept)
 
 
+def _attend_once(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    config: SparseAttentionConfig,
+    rows: once.Rows,
+    kept: Tensor | None,
+    layer_idx: int,
+    document_ids: Tensor | None,
+    scale: float,
+    backend: str,
+) -> Tensor:
+    _check_backend(backend)
+    layer = config.for_layer(layer_idx)
+    if layer is None:
+        kept = torch.ones(key.shape[:3], dtype=torch.bool, device=key.device)
+    elif kept is None:
+        kept = once.kept_tokens(key, value, layer, rows, query=query, layer_idx=layer_idx, scale=scale)
+    else:
+        once.check_kept(kept, layer, rows)
+    if backend == "reference":
+        mask = reference.visible_once(kept, once.prompts(rows).to(kept.device), document_ids)
+        return reference.attend(query, key, value, mask, scale)
+    # After the selection, so that every backend ranks the same keys.
+    query, key, value = (_autocast(x) for x in (query, key, value))
+    return once.attend(query, key, value, kept, layer, rows, scale)
+
+
 def kept_tokens(
     key: Tensor,
     value: Tensor,
@@ -96,6 +133,7 @@ def kept_tokens(
     query: Tensor | None = None,
     layer_idx: int = 0,
     document_ids: Tensor | None = None,
+    prompt_lengths: Tensor | int | None = None,
     scale: float | None = None,
 ) -> Tensor:
     """Which tokens each head still holds once all T were read.
@@ -105,6 +143,11 @@ def kept_tokens(
     Returns:
         bool ``[B, H, T]``: True for sinks, kept tokens, and what is not compressed (yet); False for pads.
     """
+    once.refuse_prompt_lengths(config, prompt_lengths)
+    if config.schedule == ONCE:
+        rows = once.find_rows(prompt_lengths, document_ids, key.shape[0], key.shape[2])
+        layer = config.for_layer(layer_idx)
+        return once.kept_tokens(key, value, layer, rows, query=query, layer_idx=layer_idx, scale=scale)
     geometry = config.geometry
     if document_ids is not None:
         kept = per_document(
@@ -118,14 +161,29 @@ def kept_tokens(
     return kept_mask(index, tokens, geometry, partitions)
 
 
-def visibility_mask(kept: Tensor, config: SparseAttentionConfig, *, document_ids: Tensor | None = None) -> Tensor:
+def visibility_mask(
+    kept: Tensor,
+    config: SparseAttentionConfig,
+    *,
+    document_ids: Tensor | None = None,
+    prompt_lengths: Tensor | int | None = None,
+) -> Tensor:
     """The oracle: bool ``[B, H, T, T]``, True where query i sees key j, from ``kept`` bool ``[B, H, T]``."""
+    once.refuse_prompt_lengths(config, prompt_lengths)
+    if config.schedule == ONCE:
+        rows = once.find_rows(prompt_lengths, document_ids, kept.shape[0], kept.shape[2])
+        return reference.visible_once(kept, once.prompts(rows).to(kept.device), document_ids)
     return reference.visible(kept, config.geometry, document_ids)
 
 
 def slots(config: SparseAttentionConfig | None, tokens: int) -> int:
-    """Keys (and values) a head holds after ``tokens`` tokens; ``tokens`` for dense attention (None)."""
-    return tokens if config is None else config.geometry.slots(tokens)
+    """Keys (and values) a head holds after ``tokens`` tokens; ``tokens`` for dense attention (None).
+
+    Under schedule ``prefill_once`` after a prompt of ``tokens`` tokens; each later one adds one.
+    """
+    if config is None:
+        return tokens
+    return config.held(tokens) if config.schedule == ONCE else config.geometry.slots(tokens)
 
 
 def choose_backend(backend: str, query: Tensor, document_ids: Tensor | None = None) -> str:
@@ -134,8 +192,7 @@ def choose_backend(backend: str, query: Tensor, document_ids: Tensor | None = No
     Raises:
         ValueError: as said.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r} is unknown: choose one of {', '.join(BACKENDS)}")
+    _check_backend(backend)
     obstacle = flex.obstacle(query)
     if backend == "flex" and obstacle:
         raise ValueError(f"backend='flex' cannot run here: {obstacle}; use 'gather' or 'auto'")
@@ -145,6 +202,11 @@ def choose_backend(backend: str, query: Tensor, document_ids: Tensor | None = No
         backend = "gather" if obstacle or document_ids is not None or short else "flex"
         log.debug("auto picked %s (%s)", backend, obstacle or "CUDA, one document a row")
     return backend
+
+
+def _check_backend(backend: str) -> None:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} is unknown: choose one of {', '.join(BACKENDS)}")
 
 
 def _not_due(document_ids: Tensor, geometry: Geometry) -> Tensor:
@@ -184,13 +246,6 @@ def attend_selected(
         return reference.attend(query, key, value, reference.visible(kept, geometry, None), scale)
     run = flex.attend if backend == "flex" else gather.attend
     return run(query, key, value, index, geometry, scale)
-
-
-def attend_dense(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Causal attention over all keys, PyTorch's own."""
-    return torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, is_causal=True, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
-    )
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, kept: Tensor | None, document_ids: Tensor | None) -> None:

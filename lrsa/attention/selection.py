@@ -65,11 +65,16 @@ def _select(
     score = _compiled() if key.is_cuda and torch.is_grad_enabled() else _score
     with torch.autocast(key.device.type, enabled=False):  # scores are float32 whatever the model computes in
         scores = score(scorer, key, value, query, geometry, partitions, first, origin, layer_idx, scale)
-    # A stable sort puts the earlier position first where scores are equal, as the rule asks; topk promises no order.
-    ranked = scores.sort(dim=-1, descending=True, stable=True).indices[..., : geometry.kept]
-    kept = ranked.sort(dim=-1).values
+    kept = best(scores, geometry.kept)
     starts = torch.arange(first, first + partitions, device=key.device) * geometry.lag + geometry.sink
     return (kept + starts[:, None]).flatten(-2)
+
+
+def best(scores: Tensor, count: int) -> Tensor:
+    """Indices of the ``count`` highest of ``[..., L]``, ascending: ``[..., count]`` int64."""
+    # A stable sort puts the earlier position first where scores are equal, as the rule asks; topk promises no order.
+    ranked = scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
+    return ranked.sort(dim=-1).values
 
 
 def _select_shape(
@@ -199,7 +204,7 @@ def checkpoint_contexts():
     from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
     def policy(ctx, op, *args, **kwargs):
-        saved = op == torch.ops.lrsa.select.default
+        saved = op in (torch.ops.lrsa.select.default, torch.ops.lrsa.select_once.default)
         return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
 
     return create_selective_checkpoint_contexts(policy)

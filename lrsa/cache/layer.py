@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from lrsa.attention import SparseAttentionConfig, decode
-from lrsa.attention.api import attend_dense, attend_selected, choose_backend
+from lrsa.attention.api import attend_selected, choose_backend
+from lrsa.attention.dense import attend_dense
 from lrsa.attention.gather import attend_block
 from lrsa.attention.selection import select
 from lrsa.cache.step import DENSE, Group, Slots, Step, region_size, ring_size
