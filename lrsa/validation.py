@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from hydra.errors import CompactHydraException
 
 from lrsa.attention import BACKENDS, SparseAttentionConfig, from_conf
+from lrsa.attention.config import ONCE
 from lrsa.config import (
     AttentionConf,
     DataConf,
@@ -88,9 +89,11 @@ def check_train(conf: TrainConf) -> None:
         *_attention("attention", conf.attention),
         *_data(conf.data),
         *_recipe(conf.recipe, conf.attention),
+        *_one_question("attention", conf.attention, conf.recipe.train, "data.parts", conf.data.parts),
         *_trainer(conf.trainer),
         *_logger(conf.logger),
         *_evaluation(conf.evaluation, conf.data.length),
+        *_scored_once(conf.evaluation),
     ]
     if conf.resume is not None and not conf.recipe.train:
         problems.append(f"resume={conf.resume} continues training, but recipe.train=false: choose another recipe")
@@ -111,11 +114,14 @@ def check_eval(conf: EvalConf) -> None:
     ]
     if conf.mode not in EVAL_MODES:
         problems.append(f"mode={conf.mode!r} is unknown; choose one of {', '.join(EVAL_MODES)}")
+    if conf.mode == "score":
+        problems += _scored_once(conf.evaluation)
     if conf.mode == "generate":
         problems += _generate(conf.generate)
         problems += _peer(conf.generate, conf.evaluation)
     if conf.mode == "lm_eval":
         problems += _lm_eval(conf.lm_eval)
+        problems += _lm_eval_once(conf.evaluation)
     _report(problems)
     if conf.mode != "lm_eval":  # whose prompts have lengths of their own
         _warn_evaluation(conf.evaluation, None)
@@ -163,6 +169,31 @@ def _model(conf: ModelConf) -> Iterator[str]:
 
 def _attention(where: str, conf: AttentionConf) -> list[str]:
     return _raised(where, lambda: from_conf(conf))
+
+
+def _one_question(
+    where: str, conf: AttentionConf, used: bool, parts: str, examples: Mapping[str, ExamplesConf]
+) -> Iterator[str]:
+    """A row that is compressed once, at the end of its prompt, has one answer. (Conversations are found when read.)"""
+    for name, part in examples.items():
+        if used and conf.schedule == ONCE and part.questions > 1:
+            yield (
+                f"{where}.schedule={ONCE} compresses at the end of the prompt, and a row of {parts}.{name}.questions="
+                f"{part.questions} has no one end: set {parts}.{name}.questions=1, or {where}.schedule=chunked"
+            )
+
+
+def _scored_once(conf: EvaluationConf) -> Iterator[str]:
+    compressed = any(factor != 1 for factor in conf.compressions)
+    yield from _one_question("evaluation.attention", conf.attention, compressed, "evaluation.tasks", conf.tasks)
+
+
+def _lm_eval_once(conf: EvaluationConf) -> Iterator[str]:
+    if conf.attention.schedule == ONCE:
+        yield (
+            f"evaluation.attention.schedule={ONCE} does not work with mode=lm_eval, whose likelihood requests do not "
+            "say where a prompt ends: use mode=generate or mode=score, or schedule=chunked"
+        )
 
 
 def _examples(where: str, conf: ExamplesConf) -> Iterator[str]:
@@ -344,15 +375,17 @@ def _warn_if_dense(where: str, conf: AttentionConf, name: str, length: int, fact
     attention: SparseAttentionConfig | None = from_conf(conf)
     if attention is None or all(factor == 1 for factor in factors):
         return
-    first = conf.sink_size + 2 * conf.lag_size
+    lags = 1 if conf.schedule == ONCE else 2
+    first = conf.sink_size + lags * conf.lag_size
     if length <= first:
         warnings.warn(
-            f"{name}={length} never compresses: {where} keeps the first sink_size + 2 * lag_size = {conf.sink_size} + "
-            f"2 * {conf.lag_size} = {first} tokens, so everything is dense; lengthen the samples or lower lag_size",
+            f"{name}={length} never compresses: {where} keeps the first sink_size + {lags} * lag_size = "
+            f"{conf.sink_size} + {lags} * {conf.lag_size} = {first} tokens, so everything is dense; lengthen the "
+            "samples or lower lag_size",
             ConfigWarning,
             stacklevel=4,
         )
-    empty = [factor for factor in factors if factor > conf.lag_size]
+    empty = [factor for factor in factors if factor > conf.lag_size and conf.schedule != ONCE]
     if empty:
         warnings.warn(
             f"compressions {empty} keep nothing of a partition of {where}.lag_size={conf.lag_size} tokens",

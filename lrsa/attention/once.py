@@ -161,9 +161,9 @@ def attend(
     out = torch.zeros_like(query)
     for row, members in rows.items():
         own = slice(row.start, row.start + row.length)
-        parts = (x[members, :, own] for x in (query, key, value, kept))
+        q, k, v, flags = (x[members, :, own] for x in (query, key, value, kept))
         held = row.prompt if config is None else config.prompt(row.prompt).held
-        out[members, :, own] = _attend(*parts, row.prompt, held, scale)
+        out[members, :, own] = _attend(q, k, v, flags, row.prompt, held, scale)
     return out
 
 
