@@ -101,9 +101,9 @@ def score(
 def _check_one_prompt(sample: Sample) -> None:
     if len(sample.answer_spans) != 1:
         raise ValueError(
-            f"sample {sample.id} has {len(sample.answer_spans)} answers, but schedule={ONCE!r} compresses at the end of "
-            "the prompt, and there is not one end: score one question a sample (questions=1), or generate the answers, each "
-            "from a prompt of its own (lrsa-eval mode=generate)"
+            f"sample {sample.id} has {len(sample.answer_spans)} answers, but schedule={ONCE!r} compresses at the end "
+            "of the prompt, and it has no one end: score one question a sample (questions=1), or generate the answers, "
+            "each from a prompt of its own (lrsa-eval mode=generate)"
         )
 
 
