@@ -43,8 +43,9 @@ class SparseKVCache(Cache):
             half when full, which copies it.
 
         prompt_length: of schedule ``prefill_once``, columns of the prompt, pads included: compression comes when they
-            were read. None: the first forward pass is the prompt, as in `generate`. Pads are on the left. What follows
-            is never compressed: a later turn's question is appended as it is, as these rules are published.
+            were read. None: the first forward pass is the prompt, as in `generate` (whose own prefill_chunk_size
+            would make several of it: give the length then). Pads are on the left. What follows is never compressed: a
+            later turn's prompt is appended as it is, as these rules are published.
 
     Raises:
         ValueError: a model that does not attend through lrsa, or whose attention is another one.

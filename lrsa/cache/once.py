@@ -35,6 +35,7 @@ class OnceLayer(AttendingLayer):
         self.keys = self.values = None  # [B, H, N, D]
         self.queries: Tensor | None = None  # [B, Hq, W, D], the newest, while the prompt is read
         self.positions: Tensor | None = None  # int32 [B, H, N]
+        self.is_initialized = False
         self.full = True  # each slot of each row holds a token; known without asking the device
 
     def reset(self) -> None:

@@ -42,7 +42,8 @@ class Partitions:
 class Scorer(ABC):
     """Ranks the tokens of each partition from that partition and its lag alone.
 
-    So a token's fate is settled L to 2L tokens after it was read, and training, prefill and decode agree on it.
+    So, chunked, a token's fate is settled L to 2L tokens after it was read, and training, prefill and decode agree on
+    it.
     Scores carry no gradient. A subclass's dataclass fields are its ``scorer_args``.
     """
 
