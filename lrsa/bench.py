@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import track
 
 from lrsa.benchmark import generate, kernels, step
+from lrsa.benchmark.cases import cases
 from lrsa.benchmark.report import Report, report
 from lrsa.config import BenchConf, config_dir, register_configs
 from lrsa.results import Record
@@ -45,10 +46,11 @@ def run(conf: BenchConf) -> Record:
     """Measure what ``conf`` asks for, record it, return the finished record.
 
     Raises:
-        ValueError: an unknown mode.
+        ValueError: an unknown mode; what `cases` refuses.
     """
     if conf.mode not in MODES:
         raise ValueError(f"mode={conf.mode!r} is unknown: choose one of {', '.join(MODES)}")
+    cases(conf)
     if conf.run.threads is not None:
         torch.set_num_threads(conf.run.threads)
     wanted = conf.device if conf.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"

@@ -28,6 +28,7 @@ class AttentionConf:
     dense_layers: list[int] = field(default_factory=list)
     budget: str = "uniform"
     schedule: str = "chunked"
+    equal_bytes_at: int | None = None
 
 
 @dataclass
@@ -217,7 +218,7 @@ class TableConf:
     output: str | None = None  # folder; default: experiments/<study>, without a study `tables`
     title: str = "Post-training x inference compression"
     arms: list[str] = field(default_factory=list)  # rows in this order; []: all, by name
-    reference: str | None = None  # arm that differences are to; default: the first
+    reference: Any = None  # arm that differences are to, or {arm: its own}; default: the first
     tasks: list[str] = field(default_factory=list)
     names: Any = None  # {arm or task: as displayed}; Any, for Hydra refuses new keys of a typed mapping without a `+`
     metric: str = "exact"  # or nll; exact_match, f1 of generated answers
@@ -239,7 +240,7 @@ class BenchConf:
     lags: list[int] = field(default_factory=lambda: [128, 1024])
     compressions: list[float] = field(default_factory=lambda: [4])
     sink_size: int = 16
-    scorer: str = "lag_relative"
+    scorers: list[str] = field(default_factory=lambda: ["lag_relative"])
     backends: list[str] = field(default_factory=lambda: ["gather"])  # mode=generate: [0] makes the gate's one pass
     batch_size: int = 1
     query_heads: int = 9

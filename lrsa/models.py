@@ -213,7 +213,10 @@ def enable_gradient_checkpointing(model: PreTrainedModel) -> None:
 
 
 def target_logits(
-    model: nn.Module, input_ids: Tensor, answer_mask: Tensor, document_ids: Tensor | None = None
+    model: nn.Module,
+    input_ids: Tensor,
+    answer_mask: Tensor,
+    document_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The logits that predict each target token, in one pass; the language-model head runs at those positions alone.
 
@@ -222,7 +225,8 @@ def target_logits(
         answer_mask: bool ``[B, T]``, True at targets; a row's first token cannot be one.
         document_ids: ``[B, T]`` int64, -1 at pads; None where no row is padded or packed.
 
-    Under schedule ``prefill_once`` a row's prompt ends where its only answer begins; a row without one is all prompt.
+    To an attention that asks, a row's prompt ends where its first answer begins, its only one under schedule
+    ``prefill_once``; a row without one is all prompt.
 
     Returns:
         float32 logits ``[N, V]`` and int64 targets ``[N]``, N targets in row-major order.
@@ -245,7 +249,9 @@ def target_logits(
                 )
     attention = get_attention(model)
     arguments = _document_arguments(model, document_ids)
-    if attention is not None and attention.schedule == ONCE:
+    if attention is not None and attention.reads_prompt_lengths:
+        if attention.schedule == ONCE:
+            _refuse_several_answers(answer_mask)
         arguments["prompt_lengths"] = _prompt_lengths(answer_mask, document_ids)
     answer_mask = answer_mask[:, 1:]
     columns = answer_mask.any(0).nonzero()[:, 0]  # positions of which some row needs the prediction
@@ -255,19 +261,19 @@ def target_logits(
 
 
 def _prompt_lengths(answer_mask: Tensor, document_ids: Tensor | None) -> Tensor:
-    """Tokens before the answer of each row, pads not counted: int64 ``[B]``."""
-    mask = answer_mask.cpu()
-    begins = mask & ~torch.nn.functional.pad(mask, (1, -1))
+    """Tokens before the first answer of each row, pads not counted: int64 ``[B]``."""
+    before = answer_mask.cumsum(-1) == 0
+    return (before if document_ids is None else before & (document_ids >= 0)).sum(-1)
+
+
+def _refuse_several_answers(answer_mask: Tensor) -> None:
+    begins = answer_mask & ~torch.nn.functional.pad(answer_mask, (1, -1))
     several = (begins.sum(-1) > 1).nonzero()[:, 0].tolist()
     if several:
         raise ValueError(
             f"answer_mask: row {', '.join(map(str, several))} has several answers, but schedule={ONCE!r} compresses at "
             "the end of the prompt, and such a row has no one end: give each question a row of its own (questions=1)"
         )
-    real = torch.ones_like(mask) if document_ids is None else document_ids.cpu() >= 0
-    asked = begins.any(-1, keepdim=True)
-    before = (begins.cumsum(-1) == 0) & real
-    return torch.where(asked, before, real).sum(-1).to(answer_mask.device)
 
 
 def _document_arguments(model: nn.Module, document_ids: Tensor | None) -> dict[str, Tensor]:

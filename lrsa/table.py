@@ -33,6 +33,8 @@ def build(conf: TableConf, command: str = "lrsa-table") -> tuple[ResultTable, li
         raise ValueError("name the records to read: records=[FOLDER,...], or study=NAME for experiments/NAME/records")
     if not isinstance(conf.names or {}, dict):
         raise ValueError(f"names={conf.names!r} is not a mapping; write names={{dense: Dense, lrsa: LRSA}}")
+    if not isinstance(conf.reference, str | dict | None):
+        raise ValueError(f"reference={conf.reference!r}: name an arm, or write {{arm: its reference, ...}}")
     folders = conf.records or [f"experiments/{conf.study}/records"]
     output = Path(conf.output or (f"experiments/{conf.study}" if conf.study else "tables"))
     records = load_records(*folders, study=conf.study)

@@ -47,6 +47,12 @@ def test_kernels_are_gated_timed_and_recorded(tmp_path: Path) -> None:
     assert rows[1]["ideal_speedup"] > rows[0]["ideal_speedup"] > 1
 
 
+def test_a_scorer_without_a_fast_form_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"times the fast forms.*: scorer='oracle' ranks .*; choose another scorer"):
+        bench.run(configured(tmp_path / "run", "scorers=[lag_relative,oracle]"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_wrong_kernel_gets_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = kernels.sparse_attention
 
@@ -59,7 +65,29 @@ def test_a_wrong_kernel_gets_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (row,) = kernels.run(conf, torch.device("cpu"))
     assert row["gate"] == "FAILED" and "forward" not in row
     (shown,) = report("kernels", vars(conf), [row], "cpu").rows
-    assert "WRONG" in shown[4] and not any(shown[5:])
+    assert "WRONG" in shown[5] and not any(shown[6:])
+
+
+@pytest.mark.parametrize("lag", [16, 1024])
+def test_the_gate_compresses_something(lag: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = []
+    monkeypatch.setattr(kernels, "_inputs", lambda conf, length, device: lengths.append(length) or 1 / 0)
+    config = SparseAttentionConfig(lag_size=lag)
+    with pytest.raises(ZeroDivisionError):
+        kernels.gate(configured(tmp_path), config, "gather", torch.device("cpu"))
+    assert config.geometry.selected_partitions(lengths[0]) > 0
+
+
+def test_several_scorers_beside_each_other(tmp_path: Path) -> None:
+    conf = configured(tmp_path, "scorers=[lag_relative,snapkv,random]")
+    rows = list(kernels.run(conf, torch.device("cpu")))
+    assert [row["scorer"] for row in rows] == ["lag_relative", "snapkv", "random"]
+    assert all(row["gate"] == "passed" and row["selection"]["median"] > 0 for row in rows)
+
+
+def test_an_unknown_scorer_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"scorer='snapkw' is unknown: choose one of .*snapkv"):
+        next(kernels.run(configured(tmp_path, "scorers=[lag_relative,snapkw]"), torch.device("cpu")))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -251,5 +279,5 @@ def test_records_are_shown_again_by_the_command(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "lrsa.bench", f"records=[{tmp_path}/run]", f"table={table}"]
     done = subprocess.run([*command, f"hydra.run.dir={tmp_path}/h"], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "| 200 | 16 | 1/4 | gather |" in table.read_text()
+    assert "| 200 | lag_relative | 16 | 1/4 | gather |" in table.read_text()
     assert "median" not in done.stderr

@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lrsa.attention import from_conf
+from lrsa.attention.scorers import SCORERS
 from lrsa.config import EvalConf, TrainConf, config_dir, register_configs
 from lrsa.data.vocabulary import build_tokenizer
 from lrsa.results import Record
@@ -68,14 +69,19 @@ def test_every_option_composes(group: str, option: str) -> None:
         assert list(conf.evaluation.tasks) == [option]
     if group == "trainer" and option == "gpu":
         return  # no GPU here is one of the problems that check_train reports
-    if group != "experiment" or conf.trainer.accelerator != "gpu":
+    if group == "attention" and option in SCORERS and SCORERS[option].reads_future:
+        with pytest.raises(ConfigError, match=f"1 setting.*\n.*attention.scorer={option} looks ahead"):
+            check_train(conf)
+    elif group != "experiment" or conf.trainer.accelerator != "gpu":
         check_train(conf)
 
 
 @pytest.mark.parametrize("option", [name for name in options("attention") if name != "dense"])
 def test_every_sparse_attention_evaluates(option: str) -> None:
     conf = compose_eval(f"attention@evaluation.attention={option}")
-    assert conf.evaluation.attention.scorer == option.removesuffix("_once")
+    assert conf.evaluation.attention.scorer == option.removesuffix("_once").removesuffix("_adaptive")
+    assert (conf.evaluation.attention.schedule == "prefill_once") == option.endswith("_once")
+    assert (conf.evaluation.attention.budget == "adaptive") == option.endswith("_adaptive")
     check_eval(conf)
 
 
@@ -254,6 +260,16 @@ def test_every_experiment_runs_on_a_tiny_model(
             r"a row of evaluation\.tasks\.recall\.questions=3 has no one end",
         ),
         (["attention.schedule=prefill_once", "attention.chunk_size=8"], r"chunk_size=8 with schedule='prefill_once'"),
+        (["attention=oracle"], r"attention\.scorer=oracle looks ahead .* attention@evaluation\.attention=oracle"),
+        (["attention=keydiff", "attention.budget=adaptive"], r"attention: budget='adaptive' .*'keydiff'.*snapkv, tova"),
+        (
+            ["attention=snapkv_adaptive", "model.attention_backend=gather"],
+            r"attention_backend=gather cannot compute attention: budget='adaptive' keeps .* set it to auto",
+        ),
+        (
+            ["attention@evaluation.attention=oracle", "model.attention_backend=flex"],
+            r"attention_backend=flex cannot compute evaluation\.attention: scorer='oracle' ranks .* set it to auto",
+        ),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -279,6 +295,14 @@ def test_what_cannot_work_is_refused_with_values_and_fix(overrides: list[str], m
         ),
         (["mode=generate", "generate.block_size=-1"], r"generate\.block_size=-1"),
         (["mode=lm_eval"], r"lm_eval\.tasks is empty"),
+        (
+            ["mode=generate", "attention@evaluation.attention=oracle"],
+            r"mode=generate needs a cache, which cannot hold evaluation\.attention: scorer='oracle' .* use mode=score",
+        ),
+        (
+            ["mode=lm_eval", "lm_eval.tasks=[x]", "attention@evaluation.attention=snapkv_adaptive"],
+            r"mode=lm_eval needs a cache, which cannot hold evaluation\.attention: budget='adaptive' .* use mode=score",
+        ),
         (["mode=lm_eval", "lm_eval.tasks=[x]", "lm_eval.include_path=/nowhere"], r"include_path=/nowhere is no folder"),
         (["mode=lm_eval", "lm_eval.tasks=[x]", "lm_eval.limit=0"], r"lm_eval\.limit=0: at least 1"),
         (["mode=lm_eval", "lm_eval.tasks=[x]", "lm_eval.gen_kwargs=5"], r"lm_eval\.gen_kwargs=5 is not a mapping"),
@@ -300,6 +324,7 @@ def test_every_mode_passes() -> None:
     for overrides in (["mode=score"], ["mode=generate"], ["mode=lm_eval", "lm_eval.tasks=[niah_single_1]"]):
         conf = compose_eval("model=recall_tiny", "trainer=cpu", *overrides, "evaluation.length=512")
         check_eval(conf)
+    check_eval(compose_eval("mode=generate", "attention@evaluation.attention=oracle", "evaluation.compressions=[1]"))
     conf = compose_eval(*overrides, "lm_eval.limit=9", "lm_eval.metadata={max_seq_lengths: [4096]}", "trainer=cpu")
     check_eval(conf)
     assert conf.lm_eval.metadata == {"max_seq_lengths": [4096]}

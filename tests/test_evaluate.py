@@ -126,6 +126,20 @@ def test_lm_eval_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert "exact_match,none" in capsys.readouterr().out
 
 
+def test_rules_of_the_mask_form_are_scored(tmp_path: Path) -> None:
+    """What only `backend=reference` computes, chosen by itself; the sizes are those of a uniform budget."""
+    cells = {}
+    for attention in ("lag_relative", "oracle", "snapkv_adaptive"):
+        options = [f"attention@evaluation.attention={attention}", "evaluation.batch_size=5", "evaluation.floor=false"]
+        record = run_evaluation(configure(tmp_path / attention, *options))
+        cells[attention] = Record.load(record.folder).cells
+    full, compressed = zip(*cells.values(), strict=True)
+    assert full[0]["nll"] == full[1]["nll"] == full[2]["nll"]
+    assert len({cell["nll"] for cell in compressed}) == 3
+    assert len({(cell["slots"], cell["measured_ratio"]) for cell in compressed}) == 1
+    assert cells["oracle"][1]["exact"] >= cells["lag_relative"][1]["exact"]
+
+
 def test_a_limit_below_the_references_is_told(tmp_path: Path) -> None:
     with pytest.raises(EvaluationInputError, match="max_new_tokens=2 is below the 3 tokens of the reference"):
         run_evaluation(configure(tmp_path, "mode=generate", "generate.max_new_tokens=2"))

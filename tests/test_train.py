@@ -69,6 +69,18 @@ def only(folder: Path, pattern: str) -> Path:
     return found
 
 
+def test_train_with_a_budget_that_heads_share(command: Command) -> None:
+    """In the mask form, with recomputed activations; and the yardstick afterwards, at the same geometry."""
+    options = ["recipe=lrsa_mixed", "attention=snapkv_adaptive", "attention@evaluation.attention=oracle"]
+    geometry = ["evaluation.attention.sink_size=4", "evaluation.attention.lag_size=32"]
+    command(lrsa.train.main, "logger=none", *options, *geometry, "model.gradient_checkpointing=true")
+    record = Record.load(only(Path.cwd(), "outputs/*/lrsa_mixed/*"))
+    assert record.status == "finished" and record.training is not None and record.training["steps"] == 4
+    assert [cell["compression"] for cell in record.cells] == [None, 1, 4] and record.cells[2]["measured_ratio"] > 1.5
+    attention = get_attention(load_model(record.folder / "model"))
+    assert attention is not None and (attention.scorer, attention.budget) == ("snapkv", "adaptive")
+
+
 def test_train_then_evaluate_the_saved_model(command: Command) -> None:
     command(lrsa.train.main, "logger=none", "run.study=first", "recipe=lrsa_mixed")
     run = only(Path.cwd(), "outputs/first/lrsa_mixed/*")

@@ -15,7 +15,8 @@ from lrsa.attention.config import ONCE, SparseAttentionConfig
 from lrsa.attention.dense import attend_dense
 from lrsa.attention.documents import find_documents, per_document
 from lrsa.attention.layout import Geometry
-from lrsa.attention.selection import check_kept, kept_index, kept_mask, select
+from lrsa.attention.prompts import lengths_of_rows, refuse_unread
+from lrsa.attention.selection import check_kept, kept_index, kept_mask, select, select_freely
 
 log = logging.getLogger(__name__)
 BACKENDS = ("auto", "reference", "gather", "flex")
@@ -44,12 +45,14 @@ def sparse_attention(
         kept: bool ``[B, H, T]`` as `kept_tokens` returns it, to skip the selection.
         layer_idx: read by scorers that depend on the layer, and matched against ``config.dense_layers``.
         document_ids: int ``[B, T]``, -1 for a pad; None: each row is one document. Padding and packing alike.
-        prompt_lengths: int64 ``[B]``, or one integer: tokens of each row's prompt, pads not counted. For schedule
-            ``prefill_once``, which needs them, and takes one document a row.
+        prompt_lengths: int64 ``[B]`` or an int, tokens of each row's prompt, pads not counted; a row then holds one
+            document. For a config that ``reads_prompt_lengths`` alone: schedule ``prefill_once``, which needs them, and
+            scorers that look ahead in the prompt.
         scale: of the logits; 1/sqrt(D) by default.
         backend: ``reference`` (mask form, O(T^2) memory), ``gather`` (chunked SDPA, any device), ``flex``
-            (FlexAttention, CUDA), or ``auto``. ``prefill_once`` has one parallel form, on PyTorch's own kernels, which
-            runs for all but ``reference``.
+            (FlexAttention, CUDA), or ``auto``, which is ``reference`` for what no other can compute
+            (`SparseAttentionConfig.mask_form_only`). ``prefill_once`` has one parallel form, on PyTorch's own kernels,
+            which runs for all but ``reference``.
 
     Returns:
         ``[B, Hq, T, D]`` in ``query``'s dtype (under autocast in autocast's, as PyTorch's own attention, ``reference``
@@ -60,20 +63,21 @@ def sparse_attention(
             an unknown backend, or one that cannot run here and why; ``prompt_lengths`` missing or not asked for.
     """
     _check(query, key, value, kept, document_ids)
-    once.refuse_prompt_lengths(config, prompt_lengths)
+    refuse_unread(prompt_lengths, config)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if config.schedule == ONCE:
         rows = once.find_rows(prompt_lengths, document_ids, key.shape[0], key.shape[2])
         return _attend_once(query, key, value, config, rows, kept, layer_idx, document_ids, scale, backend)
-    backend = choose_backend(backend, query, document_ids)
     layer = config.for_layer(layer_idx)
+    backend = choose_backend(backend, query, document_ids, layer)
     if kept is not None and layer is not None:
-        _check_counts(kept, config.geometry, document_ids)
+        _check_counts(kept, config, document_ids)
     if backend == "reference":
         if kept is None:
             kept = kept_tokens(
-                key, value, config, query=query, layer_idx=layer_idx, document_ids=document_ids, scale=scale
-            )
+                key, value, config, query=query, layer_idx=layer_idx, document_ids=document_ids,
+                prompt_lengths=prompt_lengths, scale=scale,
+            )  # fmt: skip
         if layer is None:
             kept = torch.ones_like(kept)
         mask = reference.visible(kept, config.geometry, document_ids)
@@ -118,7 +122,7 @@ def _attend_once(
     else:
         once.check_kept(kept, layer, rows)
     if backend == "reference":
-        mask = reference.visible_once(kept, once.prompts(rows).to(kept.device), document_ids)
+        mask = reference.visible_once(kept, once.prompts(rows, kept), document_ids)
         return reference.attend(query, key, value, mask, scale)
     # After the selection, so that every backend ranks the same keys.
     query, key, value = (_autocast(x) for x in (query, key, value))
@@ -142,21 +146,36 @@ def kept_tokens(
 
     Returns:
         bool ``[B, H, T]``: True for sinks, kept tokens, and what is not compressed (yet); False for pads.
+
+    Raises:
+        ValueError: the scorer needs queries or prompt lengths that are missing or do not fit.
     """
-    once.refuse_prompt_lengths(config, prompt_lengths)
+    refuse_unread(prompt_lengths, config)
     if config.schedule == ONCE:
         rows = once.find_rows(prompt_lengths, document_ids, key.shape[0], key.shape[2])
         layer = config.for_layer(layer_idx)
         return once.kept_tokens(key, value, layer, rows, query=query, layer_idx=layer_idx, scale=scale)
-    geometry = config.geometry
+    geometry, tokens = config.geometry, key.shape[2]
+    lengths = None
+    if prompt_lengths is not None:
+        lengths = lengths_of_rows(prompt_lengths, key.shape[0], document_ids, key.device)
     if document_ids is not None:
-        kept = per_document(
-            lambda k, v, q: kept_tokens(k, v, config, query=q, layer_idx=layer_idx, scale=scale),
-            document_ids, key, value, query, fill=False,
-        )  # fmt: skip
+        # A row's length as a tensor of its tokens: what belongs to a document is found by them.
+        of_tokens = None if lengths is None else lengths[:, None, None].expand(-1, 1, tokens)
+
+        def of_documents(k: Tensor, v: Tensor, q: Tensor | None, n: Tensor | None) -> Tensor:
+            n = None if n is None else n[:, 0, 0]
+            return kept_tokens(k, v, config, query=q, prompt_lengths=n, layer_idx=layer_idx, scale=scale)
+
+        kept = per_document(of_documents, document_ids, key, value, query, of_tokens, fill=False)
         return kept | _not_due(document_ids, geometry)[:, None]
-    tokens = key.shape[2]
     partitions = geometry.compressed(tokens) if config.for_layer(layer_idx) else 0
+    if config.mask_form_only and partitions:
+        flags = select_freely(
+            key, value, config, partitions, query=query, prompt_lengths=lengths, layer_idx=layer_idx, scale=scale
+        )
+        around = geometry.sink, tokens - geometry.raw_start(partitions)
+        return torch.nn.functional.pad(flags.flatten(-2), around, value=True)
     index = select(key, value, config, partitions, query=query, layer_idx=layer_idx, scale=scale)
     return kept_mask(index, tokens, geometry, partitions)
 
@@ -169,10 +188,10 @@ def visibility_mask(
     prompt_lengths: Tensor | int | None = None,
 ) -> Tensor:
     """The oracle: bool ``[B, H, T, T]``, True where query i sees key j, from ``kept`` bool ``[B, H, T]``."""
-    once.refuse_prompt_lengths(config, prompt_lengths)
+    refuse_unread(prompt_lengths, config)
     if config.schedule == ONCE:
         rows = once.find_rows(prompt_lengths, document_ids, kept.shape[0], kept.shape[2])
-        return reference.visible_once(kept, once.prompts(rows).to(kept.device), document_ids)
+        return reference.visible_once(kept, once.prompts(rows, kept), document_ids)
     return reference.visible(kept, config.geometry, document_ids)
 
 
@@ -186,13 +205,24 @@ def slots(config: SparseAttentionConfig | None, tokens: int) -> int:
     return config.held(tokens) if config.schedule == ONCE else config.geometry.slots(tokens)
 
 
-def choose_backend(backend: str, query: Tensor, document_ids: Tensor | None = None) -> str:
-    """``auto`` resolved; an explicit backend that cannot run here is an error that says why.
+def choose_backend(
+    backend: str,
+    query: Tensor,
+    document_ids: Tensor | None = None,
+    config: SparseAttentionConfig | None = None,
+) -> str:
+    """``auto`` resolved; an explicit backend that cannot run here or compute ``config`` is an error that says why.
 
     Raises:
         ValueError: as said.
     """
     _check_backend(backend)
+    if config is not None and config.mask_form_only:
+        if backend not in ("auto", "reference"):
+            raise ValueError(
+                f"backend={backend!r} cannot compute this: {config.mask_form_only}; use 'reference' or 'auto'"
+            )
+        return "reference"
     obstacle = flex.obstacle(query)
     if backend == "flex" and obstacle:
         raise ValueError(f"backend='flex' cannot run here: {obstacle}; use 'gather' or 'auto'")
@@ -218,12 +248,13 @@ def _not_due(document_ids: Tensor, geometry: Geometry) -> Tensor:
     return result.to(document_ids.device)
 
 
-def _check_counts(kept: Tensor, geometry: Geometry, document_ids: Tensor | None) -> None:
+def _check_counts(kept: Tensor, config: SparseAttentionConfig, document_ids: Tensor | None) -> None:
     if document_ids is None:
-        check_kept(kept, geometry)
+        check_kept(kept, config)
         return
     for document in find_documents(document_ids):
-        check_kept(kept[document.row, :, document.start : document.start + document.length], geometry)
+        span = slice(document.start, document.start + document.length)
+        check_kept(kept[document.row : document.row + 1, :, span], config)
 
 
 def _autocast(x: Tensor) -> Tensor:

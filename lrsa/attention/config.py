@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from lrsa.attention.layout import Geometry, PromptGeometry
-from lrsa.attention.scorers import Scorer, build_scorer
+from lrsa.attention.scorers import SCORERS, Scorer, build_scorer
 from lrsa.config import AttentionConf
 
-BUDGETS = ("uniform", "pyramid")
+BUDGETS = ("uniform", "pyramid", "adaptive")
 PYRAMID_BETA = 20  # the last layer keeps 1/20 of the mean (PyramidKV's own setting)
 ONCE = "prefill_once"
 SCHEDULES = ("chunked", ONCE)
@@ -34,12 +34,16 @@ class SparseAttentionConfig:
         top_k: K in [0, L], the kept tokens as a count. At most one of ``keep_ratio`` and ``top_k``.
         chunk_size: C >= 1, tokens between two compressions; L by default, where training, prefill and decode coincide.
         dense_layers: indices of layers with full attention; negative ones count from the last layer.
-        budget: how the kept tokens are shared over layers, the same total each time: ``uniform``, or ``pyramid``,
-            linearly falling from the first layer to the last (PyramidKV, arXiv 2406.02069).
+        budget: how the kept tokens are shared, the same total each time: ``uniform``, ``pyramid``, linearly falling
+            from the first layer to the last (PyramidKV, arXiv 2406.02069), or ``adaptive``, to the heads of a layer by
+            their scores (AdaKV, arXiv 2407.11550; mask form alone). The chunked schedule has all three.
         schedule: ``chunked``, each partition once its lag was read, wherever the prompt ends; or ``prefill_once``, as
             SnapKV, H2O and kvpress are published: the prompt attends densely, and at its end the p tokens between sinks
             and lag are compressed to ``int(r * p)`` (or ``min(top_k, p)``), as one partition. What follows the prompt
             sees these and all that came after it, and is never compressed.
+        equal_bytes_at: T, for a window alone (``top_k=0``) in chunks, which has no ratio: `with_compression` then
+            widens the window, ``lag_size``, to as many slots at T tokens as that compression of this ``lag_size`` would
+            leave.
 
     Raises:
         ValueError: a value out of range or two that contradict each other; the message names them and the fix.
@@ -57,13 +61,14 @@ class SparseAttentionConfig:
     dense_layers: tuple[int, ...] = ()
     budget: str = "uniform"
     schedule: str = "chunked"
+    equal_bytes_at: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scorer_args", dict(self.scorer_args))
         object.__setattr__(self, "dense_layers", tuple(self.dense_layers))
-        for name, least in (("sink_size", 0), ("lag_size", 1), ("chunk_size", 1), ("top_k", 0)):
+        for name, least in (("sink_size", 0), ("lag_size", 1), ("chunk_size", 1), ("top_k", 0), ("equal_bytes_at", 1)):
             value = getattr(self, name)
-            if value is None and name in ("chunk_size", "top_k"):
+            if value is None and name in ("chunk_size", "top_k", "equal_bytes_at"):
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name}={value!r}: give an integer of at least {least}")
@@ -77,28 +82,54 @@ class SparseAttentionConfig:
                 f"keep_ratio={self.keep_ratio} is outside (0, 1]: it is the share of a partition that stays "
                 "(1/4 for 4x compression); to keep nothing, set top_k=0"
             )
-        if self.schedule == ONCE:
-            self._check_once()
-        elif self.top_k is not None and self.top_k > self.lag_size:
+        if self.schedule != ONCE and self.top_k is not None and self.top_k > self.lag_size:
             raise ValueError(
                 f"top_k={self.top_k} is more than lag_size={self.lag_size}, the tokens of a partition: "
                 f"lower top_k to at most {self.lag_size} or raise lag_size"
             )
+        if self.equal_bytes_at is not None and self.top_k != 0:
+            raise ValueError(
+                f"equal_bytes_at={self.equal_bytes_at} widens a window, but top_k={self.top_k} keeps tokens of the "
+                "partitions before it: set top_k=0, or leave equal_bytes_at None"
+            )
         for name, valid in (("budget", BUDGETS), ("schedule", SCHEDULES)):
             if getattr(self, name) not in valid:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose one of {', '.join(valid)}")
-        self.build_scorer()  # an unknown scorer or argument fails here, before any forward
+        scorer = self.build_scorer()  # an unknown scorer or argument fails here, before any forward
+        if self.schedule == ONCE:
+            self._check_once(scorer)
+        if self.budget == "adaptive" and not scorer.comparable:
+            raise ValueError(
+                f"budget='adaptive' shares tokens by comparing scores of different heads, and those of scorer="
+                f"{self.scorer!r} rank the tokens of one head alone: choose one of "
+                f"{', '.join(name for name in sorted(SCORERS) if SCORERS[name].comparable)}, or budget='uniform'"
+            )
 
-    def _check_once(self) -> None:
+    def _check_once(self, scorer: Scorer) -> None:
         if self.chunk_size is not None:
             raise ValueError(
                 f"chunk_size={self.chunk_size} with schedule={ONCE!r}, which compresses once, at the prompt's end: "
                 "leave chunk_size None, or take schedule='chunked'"
             )
         if self.budget != "uniform":
+            reason = (
+                "each head would keep another number of tokens, where this schedule holds one for all"
+                if self.budget == "adaptive"
+                else "it shares out the tokens kept of a partition, and how many those are depends on the prompt here"
+            )
             raise ValueError(
-                f"budget={self.budget!r} with schedule={ONCE!r}: it shares out the tokens kept of a partition, and how "
-                "many those are depends on the prompt here; take budget='uniform', or schedule='chunked'"
+                f"budget={self.budget!r} with schedule={ONCE!r}: {reason}; take budget='uniform', or schedule='chunked'"
+            )
+        if self.equal_bytes_at is not None:
+            raise ValueError(
+                f"equal_bytes_at={self.equal_bytes_at} with schedule={ONCE!r}: it widens the window of the chunked "
+                "schedule, and a keep ratio says here already what share of the prompt stays; leave equal_bytes_at "
+                "None, or take schedule='chunked'"
+            )
+        if scorer.reads_future:
+            raise ValueError(
+                f"scorer={self.scorer!r} with schedule={ONCE!r}: it ranks by the prompt's queries after the "
+                "compression, and a prompt compressed at its end has none; choose another scorer, or schedule='chunked'"
             )
 
     def __hash__(self) -> int:
@@ -144,6 +175,27 @@ class SparseAttentionConfig:
     def build_scorer(self) -> Scorer:
         return build_scorer(self.scorer, self.scorer_args)
 
+    @functools.cached_property
+    def reads_prompt_lengths(self) -> bool:
+        """Whether the parallel form must be told where each row's prompt ends: `sparse_attention`'s
+        ``prompt_lengths``."""
+        return self.schedule == ONCE or self.build_scorer().reads_future
+
+    @functools.cached_property
+    def mask_form_only(self) -> str | None:
+        """Why the mask form (``backend="reference"``) alone computes this; None where every form does."""
+        if self.build_scorer().reads_future:
+            return (
+                f"scorer={self.scorer!r} ranks a partition by queries that come after it was compressed, which takes "
+                "the whole prompt at once"
+            )
+        if self.budget == "adaptive":
+            return (
+                "budget='adaptive' keeps another number of tokens in each head, where kernels and cache hold one for "
+                "all (padding to the largest would save nothing)"
+            )
+        return None
+
     def for_layer(self, index: int, num_layers: int | None = None) -> SparseAttentionConfig | None:
         """The config of layer ``index``, or None where that layer attends densely.
 
@@ -155,7 +207,7 @@ class SparseAttentionConfig:
         resolved = self.resolved(num_layers)
         if index in resolved.dense_layers:
             return None
-        if self.budget == "uniform":
+        if self.budget != "pyramid":
             return self
         if num_layers is None:
             raise ValueError(
@@ -182,7 +234,12 @@ class SparseAttentionConfig:
         """The same rule at nominal compression ``factor`` (4 for "4x": keep ratio 1/4); None, full attention, at 1."""
         if factor < 1:
             raise ValueError(f"compression {factor} is below 1: 4 means that a quarter is kept, 1 the full cache")
-        return None if factor == 1 else replace(self, keep_ratio=1 / factor, top_k=None)
+        if factor == 1:
+            return None
+        kept = replace(self, keep_ratio=1 / factor, top_k=None, equal_bytes_at=None)
+        if self.equal_bytes_at is None:
+            return kept
+        return replace(self, lag_size=_window(kept.geometry, self.equal_bytes_at), equal_bytes_at=None)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as stored in a model's ``config.json`` under ``lrsa``."""
@@ -215,6 +272,18 @@ def _share(config: SparseAttentionConfig, index: int, num_layers: int) -> Sparse
     layers = [layer for layer in range(num_layers) if layer not in config.dense_layers]
     kept = pyramid(config.geometry.kept, config.lag_size, len(layers))[layers.index(index)]
     return replace(config, budget="uniform", keep_ratio=None, top_k=kept, dense_layers=())
+
+
+@functools.lru_cache(maxsize=64)
+def _window(geometry: Geometry, tokens: int) -> int:
+    """Lag of a window alone, K = 0, that holds as many slots after ``tokens`` as ``geometry``; the widest where several
+    come as close."""
+    wanted = geometry.slots(tokens)
+
+    def distance(lag: int) -> tuple[int, int]:
+        return abs(replace(geometry, lag=lag, kept=0, chunk=lag).slots(tokens) - wanted), -lag
+
+    return min(range(1, tokens + 1), key=distance)
 
 
 def pyramid(mean: int, most: int, layers: int) -> list[int]:

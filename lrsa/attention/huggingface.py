@@ -47,7 +47,7 @@ def attention(
 
     ``attention_mask`` is what `mask` returned: the tokenizer's ``[B, T]``, 0 at pads, or None. Packed documents are
     told by ``document_ids`` among the keyword arguments, or by ``position_ids`` that start anew; where prompts end, by
-    ``prompt_lengths`` (schedule ``prefill_once`` without a cache). With a `SparseKVCache` the keys are those of the
+    ``prompt_lengths`` (without a cache, for an attention that asks). With a `SparseKVCache` the keys are those of the
     newest block, and bring their cache along. A sliding-window layer, which never holds more than its window, is
     attended as ever.
 
@@ -111,16 +111,9 @@ def attention(
     depth: int = module.config.num_hidden_layers  # type: ignore[union-attr, assignment]
     config = config.for_layer(layer_idx, depth) or config
     out = sparse_attention(
-        query,
-        key,
-        value,
-        config,
-        layer_idx=layer_idx,
-        document_ids=document_ids,
-        prompt_lengths=kwargs.get("prompt_lengths"),
-        scale=scaling,
-        backend=backend,
-    )
+        query, key, value, config, layer_idx=layer_idx, document_ids=document_ids,
+        prompt_lengths=kwargs.get("prompt_lengths"), scale=scaling, backend=backend,
+    )  # fmt: skip
     return out.transpose(1, 2).contiguous(), None
 
 

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from lrsa.attention.config import ONCE, SparseAttentionConfig
 from lrsa.attention.dense import attend_dense, attend_last
-from lrsa.attention.documents import LastResult, find_documents
+from lrsa.attention.documents import Document, LastResult, find_documents
 from lrsa.attention.layout import PromptGeometry
+from lrsa.attention.prompts import HOW_TO_TELL, lengths_of_rows
 from lrsa.attention.scorers import Partitions
 from lrsa.attention.selection import best
 
@@ -39,29 +40,20 @@ def find_rows(prompt_lengths: Tensor | int | None, document_ids: Tensor | None, 
     """The rows of a batch ``[B, T]``, those that are alike together.
 
     Args:
-        prompt_lengths: int64 ``[B]``, or one for all rows: tokens of each row's prompt, pads not counted.
-        document_ids: as `sparse_attention` takes them, one document a row.
+        prompt_lengths, document_ids: as `sparse_attention` takes them. A row of pads alone is left out.
 
     Raises:
         ValueError: no lengths, lengths outside the rows, or a row that holds several documents.
     """
     if prompt_lengths is None:
-        raise ValueError(
-            f"schedule={ONCE!r} compresses at the end of the prompt: pass prompt_lengths=, int64 [B] or one integer, "
-            "the tokens of each row's prompt (pads not counted); through a model, as a keyword argument of its forward"
-        )
-    lengths = _integers(prompt_lengths, batch)
-    places = [(0, tokens)] * batch
+        raise ValueError(f"schedule={ONCE!r} compresses at the end of the prompt: {HOW_TO_TELL}")
+    lengths = _integers(lengths_of_rows(prompt_lengths, batch, document_ids))
+    documents = [Document(row, 0, tokens) for row in range(batch)]
     if document_ids is not None:
         documents = find_documents(document_ids)
-        if [document.row for document in documents] != list(range(batch)):
-            raise ValueError(
-                f"schedule={ONCE!r} takes one document a row, document_ids have {len(documents)} in {batch} rows: a "
-                "packed row has no one end of the prompt; give each document a row of its own, or schedule='chunked'"
-            )
-        places = [(document.start, document.length) for document in documents]
     found: Rows = {}
-    for row, ((start, length), prompt) in enumerate(zip(places, lengths, strict=True)):
+    for row, start, length in ((d.row, d.start, d.length) for d in documents):
+        prompt = lengths[row]
         if not 1 <= prompt <= length:
             raise ValueError(f"prompt_lengths: row {row} has a prompt of {prompt} tokens and {length} tokens in all")
         found.setdefault(Row(start, length, prompt), []).append(row)
@@ -71,25 +63,10 @@ def find_rows(prompt_lengths: Tensor | int | None, document_ids: Tensor | None, 
 _LAST: LastResult[list[int]] = LastResult()  # looking into a tensor on the GPU waits for it: once a forward pass
 
 
-def _integers(prompt_lengths: Tensor | int, batch: int) -> list[int]:
-    if isinstance(prompt_lengths, int):
-        return [prompt_lengths] * batch
-    if prompt_lengths.shape != (batch,) or prompt_lengths.dtype != torch.int64:
-        raise ValueError(
-            f"prompt_lengths must be int64 [B] = {(batch,)}, not {prompt_lengths.dtype} {tuple(prompt_lengths.shape)}"
-        )
-    for known in _LAST.get(prompt_lengths):
+def _integers(lengths: Tensor) -> list[int]:
+    for known in _LAST.get(lengths):
         return known
-    return _LAST.put(prompt_lengths.tolist(), prompt_lengths)
-
-
-def refuse_prompt_lengths(config: SparseAttentionConfig, prompt_lengths: Tensor | int | None) -> None:
-    """Raise ValueError for lengths that ``config``'s schedule would not read."""
-    if prompt_lengths is not None and config.schedule != ONCE:
-        raise ValueError(
-            f"prompt_lengths= with schedule={config.schedule!r}, which does not ask where a prompt ends: leave them "
-            f"out, or set schedule={ONCE!r}"
-        )
+    return _LAST.put(lengths.tolist(), lengths)
 
 
 def kept_tokens(
@@ -121,10 +98,12 @@ def kept_tokens(
     return kept
 
 
-def prompts(rows: Rows) -> Tensor:
-    """Tokens of each row's prompt, int64 ``[B]``."""
-    lengths = {member: row.prompt for row, members in rows.items() for member in members}
-    return torch.tensor([lengths[member] for member in sorted(lengths)])
+def prompts(rows: Rows, kept: Tensor) -> Tensor:
+    """Tokens of the prompt of each row of ``kept [B, H, T]``, int64 ``[B]``; 0 where it holds pads alone."""
+    lengths = torch.zeros(len(kept), dtype=torch.int64)
+    for row, members in rows.items():
+        lengths[members] = row.prompt
+    return lengths.to(kept.device)
 
 
 def check_kept(kept: Tensor, config: SparseAttentionConfig, rows: Rows) -> None:

@@ -8,6 +8,10 @@ from torch import Tensor
 from lrsa.attention.documents import PAD, positions
 from lrsa.attention.layout import Geometry
 
+# Logits held at once, 256 MiB of float32, as far as one KV head of a row allows: 4,096 tokens in ten rows of nine heads
+# would be gigabytes, several times over.
+MOST_LOGITS = 1 << 26
+
 
 def visible(kept: Tensor, geometry: Geometry, document_ids: Tensor | None) -> Tensor:
     """Who sees what: bool ``[B, H, T, T]`` from ``kept`` bool ``[B, H, T]``.
@@ -51,6 +55,15 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float
 
     ``query [B, Hq, T, D]``, ``key``/``value`` ``[B, H, T, D]``, ``mask [B, H, T, T]`` -> ``[B, Hq, T, D]``.
     """
+    heads, tokens = key.shape[1:3]
+    # Each KV head becomes a row of its own, and the rows are taken some at a time.
+    rows = [x.unflatten(1, (heads, -1)).flatten(0, 1) for x in (query, key, value, mask)]
+    step = max(1, MOST_LOGITS // (rows[0].shape[1] * tokens**2))
+    parts = [_attend(q, k, v, m, scale) for q, k, v, m in zip(*(x.split(step) for x in rows), strict=True)]
+    return torch.cat(parts).unflatten(0, (-1, heads)).flatten(1, 2)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
     with torch.autocast(query.device.type, enabled=False):
         dtype = torch.promote_types(query.dtype, torch.float32)
         q = query.to(dtype).unflatten(1, (key.shape[1], -1))  # [B, H, G, T, D]

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import functools
 import json
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from lrsa.attention.config import SparseAttentionConfig
 from lrsa.attention.layout import Geometry
-from lrsa.attention.scorers import Partitions, Scorer
+from lrsa.attention.prompts import HOW_TO_TELL
+from lrsa.attention.scorers import Partitions, Prompt, Scorer
+
+SAFEGUARD = 0.2  # of K, what an adaptive budget leaves every head: AdaKV's own alpha
 
 
 def select(
@@ -38,12 +42,47 @@ def select(
     geometry = config.geometry
     if partitions == 0 or geometry.kept == 0:
         return torch.empty((*key.shape[:2], 0), dtype=torch.int64, device=key.device)
+    key, value, query, scale = _inputs(key, value, query, config, scale)
+    return torch.ops.lrsa.select(key, value, query, config.to_json(), partitions, first, origin, layer_idx, scale)
+
+
+def select_freely(
+    key: Tensor,
+    value: Tensor,
+    config: SparseAttentionConfig,
+    partitions: int,
+    *,
+    query: Tensor | None = None,
+    prompt_lengths: Tensor | None = None,
+    layer_idx: int = 0,
+    scale: float | None = None,
+) -> Tensor:
+    """The same for what the mask form alone can compute (`SparseAttentionConfig.mask_form_only`): heads may keep
+    different numbers of tokens, and rules look at the whole document. bool ``[B, H, P, L]``, True where kept.
+
+    ``prompt_lengths [B]`` int64 for scorers that read the prompt's later queries.
+
+    Raises:
+        ValueError: queries or prompt lengths that the scorer needs are missing.
+    """
+    if config.build_scorer().reads_future and prompt_lengths is None:
+        raise ValueError(
+            f"scorer {config.scorer!r} ranks by the prompt's later queries and must know where the prompt ends: "
+            f"{HOW_TO_TELL}"
+        )
+    key, value, query, scale = _inputs(key, value, query, config, scale)
+    return torch.ops.lrsa.select_freely(
+        key, value, query, prompt_lengths, config.to_json(), partitions, layer_idx, scale
+    )
+
+
+def _inputs(
+    key: Tensor, value: Tensor, query: Tensor | None, config: SparseAttentionConfig, scale: float | None
+) -> tuple[Tensor, Tensor, Tensor | None, float]:
     if config.build_scorer().reads_query and query is None:
         raise ValueError(f"scorer {config.scorer!r} reads queries: pass query=[B, Hq, T, D]")
     scale = key.shape[-1] ** -0.5 if scale is None else scale
-    query = None if query is None else query.detach()
-    where = partitions, first, origin
-    return torch.ops.lrsa.select(key.detach(), value.detach(), query, config.to_json(), *where, layer_idx, scale)
+    return key.detach(), value.detach(), None if query is None else query.detach(), scale
 
 
 def _select(
@@ -72,9 +111,7 @@ def _select(
 
 def best(scores: Tensor, count: int) -> Tensor:
     """Indices of the ``count`` highest of ``[..., L]``, ascending: ``[..., count]`` int64."""
-    # A stable sort puts the earlier position first where scores are equal, as the rule asks; topk promises no order.
-    ranked = scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
-    return ranked.sort(dim=-1).values
+    return _highest(scores, count).sort(dim=-1).values
 
 
 def _select_shape(
@@ -92,7 +129,67 @@ def _select_shape(
     return key.new_empty((*key.shape[:2], partitions * kept), dtype=torch.int64)
 
 
-# One operator, so that activation checkpointing can keep its result (`checkpoint_contexts`) and compilers leave it be.
+def _select_freely(
+    key: Tensor,
+    value: Tensor,
+    query: Tensor | None,
+    prompt_lengths: Tensor | None,
+    config: str,
+    partitions: int,
+    layer_idx: int,
+    scale: float,
+) -> Tensor:
+    parsed = _parse(config)
+    scorer = parsed.build_scorer()
+    parts = partition(key, value, query if scorer.reads_query else None, parsed.geometry, partitions, layer_idx, scale)
+    if scorer.reads_future:
+        assert query is not None and prompt_lengths is not None
+        parts = replace(parts, prompt=Prompt(query.unflatten(1, (key.shape[1], -1)), key, prompt_lengths))
+    with torch.autocast(key.device.type, enabled=False):
+        scores = scorer(parts)
+    return (share_over_heads if parsed.budget == "adaptive" else _mark_highest)(scores, parts.kept)
+
+
+def _select_freely_shape(
+    key: Tensor,
+    value: Tensor,
+    query: Tensor | None,
+    prompt_lengths: Tensor | None,
+    config: str,
+    partitions: int,
+    layer_idx: int,
+    scale: float,
+) -> Tensor:
+    return key.new_empty((*key.shape[:2], partitions, _parse(config).geometry.lag), dtype=torch.bool)
+
+
+def share_over_heads(scores: Tensor, kept: int) -> Tensor:
+    """AdaKV's budget, a partition at a time: of ``scores [B, H, P, L]``, the best ``SAFEGUARD * kept`` tokens of each
+    head, then the best of all heads until ``H * kept`` are chosen (ties: the earlier position, then the lower head).
+    bool ``[B, H, P, L]``.
+
+    Source: AdaKV (arXiv 2407.11550), once for the prompt; here for each partition. The safeguard is a guarantee, as in
+    kvpress; the authors' code moves each head's number a fifth of the way back to K.
+    """
+    heads, length = scores.shape[1], scores.shape[3]
+    safe = _mark_highest(scores, int(SAFEGUARD * kept))
+    pool = scores.masked_fill(safe, torch.inf).permute(0, 2, 3, 1).flatten(-2)  # [B, P, L * H], heads side by side
+    return _mark_highest(pool, heads * kept).unflatten(-1, (length, heads)).permute(0, 3, 1, 2)
+
+
+def _mark_highest(scores: Tensor, count: int) -> Tensor:
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, _highest(scores, count), True)
+
+
+def _highest(scores: Tensor, count: int) -> Tensor:
+    """Indices of the ``count`` highest along the last dimension, best first.
+
+    A stable sort puts the earlier position first where scores are equal, as the rule asks; topk promises no order.
+    """
+    return scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
+
+
+# Operators, so that activation checkpointing can keep their result (`checkpoint_contexts`) and compilers leave them be.
 _LIBRARY = torch.library.Library("lrsa", "DEF")
 _LIBRARY.define(
     "select(Tensor key, Tensor value, Tensor? query, str config, int partitions, int first, int origin, int layer_idx, "
@@ -100,6 +197,12 @@ _LIBRARY.define(
 )
 _LIBRARY.impl("select", _select, "CompositeExplicitAutograd")
 torch.library.register_fake("lrsa::select", _select_shape, lib=_LIBRARY)
+_LIBRARY.define(
+    "select_freely(Tensor key, Tensor value, Tensor? query, Tensor? prompt_lengths, str config, int partitions, "
+    "int layer_idx, float scale) -> Tensor"
+)
+_LIBRARY.impl("select_freely", _select_freely, "CompositeExplicitAutograd")
+torch.library.register_fake("lrsa::select_freely", _select_freely_shape, lib=_LIBRARY)
 
 
 def _score(
@@ -177,17 +280,21 @@ def kept_index(kept: Tensor, geometry: Geometry, partitions: int) -> Tensor:
     return (ranked + starts[:, None]).flatten(-2)
 
 
-def check_kept(kept: Tensor, geometry: Geometry) -> None:
-    """Refuse a ``kept`` bool ``[B, H, T]`` of whole documents that does not fit the geometry.
+def check_kept(kept: Tensor, config: SparseAttentionConfig) -> None:
+    """Refuse a ``kept`` bool ``[B, H, T]`` of whole documents that does not fit the config.
 
     Raises:
-        ValueError: a partition whose selection some query uses keeps another number of tokens than K.
+        ValueError: a partition whose selection some query uses keeps another number of tokens than K; under an
+            adaptive budget, than H K over all heads.
     """
+    geometry, heads, where = config.geometry, 1, "a partition"
     counts = _partition_flags(kept, geometry, geometry.selected_partitions(kept.shape[-1])).sum(-1)
-    if not bool((counts == geometry.kept).all()):
+    if config.budget == "adaptive":
+        counts, heads, where = counts.sum(1), kept.shape[1], f"a partition in {kept.shape[1]} heads together"
+    if not bool((counts == heads * geometry.kept).all()):
         raise ValueError(
-            f"kept= has between {int(counts.min())} and {int(counts.max())} tokens a partition, the config keeps "
-            f"{geometry.kept} of {geometry.lag}: pass what kept_tokens returned for this config"
+            f"kept= has between {int(counts.min())} and {int(counts.max())} tokens {where}, the config keeps "
+            f"{heads * geometry.kept} of {heads * geometry.lag}: pass what kept_tokens returned for this config"
         )
 
 
@@ -204,7 +311,8 @@ def checkpoint_contexts():
     from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
     def policy(ctx, op, *args, **kwargs):
-        saved = op in (torch.ops.lrsa.select.default, torch.ops.lrsa.select_once.default)
+        operators = torch.ops.lrsa.select, torch.ops.lrsa.select_freely, torch.ops.lrsa.select_once
+        saved = op in [operator.default for operator in operators]
         return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
 
     return create_selective_checkpoint_contexts(policy)

@@ -106,7 +106,8 @@ class Sparse:
 
     def __init__(self, config: SparseAttentionConfig, compression: float) -> None:
         self.config, self.compression = config, compression
-        self.name, self.lag = f"lrsa {compression:g}x", config.lag_size
+        rule = "lrsa" if config.scorer == "lag_relative" else config.scorer
+        self.name, self.lag = f"{rule} {compression:g}x", config.lag_size
 
     def kernels(self, model: PreTrainedModel, length: int) -> dict[str, str]:
         query, key = _probe(model)

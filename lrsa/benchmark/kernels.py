@@ -12,6 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from lrsa.attention import SparseAttentionConfig, kept_tokens, sparse_attention
+from lrsa.attention.selection import select
+from lrsa.benchmark.cases import cases
 from lrsa.benchmark.timing import compare, peak_memory
 from lrsa.config import BenchConf
 
@@ -20,26 +22,20 @@ GATE_LENGTH = 1500
 
 
 def run(conf: BenchConf, device: torch.device) -> Iterator[dict[str, Any]]:
-    """One row a geometry and backend: times in ms, speed-up over dense, and the ideal one by attended pairs."""
+    """One row a scorer, geometry and backend: times in ms, speed-up over dense, the ideal one by attended pairs."""
+    chosen = cases(conf)
     for length in conf.lengths:
         inputs = _inputs(conf, length, device)
         dense = {name: _dense(inputs, backend) for name, backend in _dense_backends(inputs).items()}
-        for lag in conf.lags:
-            for compression in conf.compressions:
-                config = SparseAttentionConfig(
-                    scorer=conf.scorer, sink_size=conf.sink_size, lag_size=lag, keep_ratio=1 / compression
-                )
-                for backend in conf.backends:
-                    error, allowed = gate(conf, config, backend, device)
-                    row: dict[str, Any] = {"length": length, "lag": lag, "compression": compression, "backend": backend}
-                    row |= {
-                        "error": error,
-                        "allowed_error": allowed,
-                        "gate": "passed" if error <= allowed else "FAILED",
-                    }
-                    if error <= allowed:
-                        row |= _timed(conf, config, backend, inputs, dense)
-                    yield row
+        for config, compression in chosen:
+            for backend in conf.backends:
+                error, allowed = gate(conf, config, backend, device)
+                row: dict[str, Any] = {"length": length, "scorer": config.scorer, "lag": config.lag_size}
+                row |= {"compression": compression, "backend": backend}
+                row |= {"error": error, "allowed_error": allowed, "gate": "passed" if error <= allowed else "FAILED"}
+                if error <= allowed:
+                    row |= _timed(conf, config, backend, inputs, dense)
+                yield row
 
 
 def gate(conf: BenchConf, config: SparseAttentionConfig, backend: str, device: torch.device) -> tuple[float, float]:
@@ -48,7 +44,9 @@ def gate(conf: BenchConf, config: SparseAttentionConfig, backend: str, device: t
     A fast path may err at most twice as much as the float32 reference does on the same inputs in ``conf.dtype``, the
     selection being the same; a floor of a few roundings keeps tiny numbers from failing it.
     """
-    length = min(GATE_LENGTH, 4 * config.lag_size + config.sink_size + 37)
+    geometry = config.geometry
+    # Three partitions are compressed at the end, or as many as the usual length has room for; never none.
+    length = min(max(GATE_LENGTH, geometry.first_chunk + geometry.lag + 37), 4 * geometry.lag + geometry.sink + 37)
     inputs = _inputs(replace(conf, batch_size=1), length, device)
     kept = kept_tokens(inputs[1], inputs[2], config, query=inputs[0])
     exact = _gradients(tuple(x.double() for x in inputs), config, kept, "reference")
@@ -77,7 +75,13 @@ def _timed(
     with torch.no_grad():
         forward = compare(functions, conf.rounds, device)
     both = compare({name: _backward(f, inputs) for name, f in functions.items()}, conf.rounds, device)
-    row: dict[str, Any] = {}
+
+    def choose() -> Tensor:
+        # With gradients on, as in training, where scoring is compiled.
+        partitions = config.geometry.selected_partitions(query.shape[2])
+        return select(key, value, config, partitions, query=query)
+
+    row: dict[str, Any] = {"selection": vars(compare({"selection": choose}, conf.rounds, device)["selection"])}
     for name, times in (("forward", forward), ("forward_backward", both)):
         best = min((n for n in times if n != "sparse"), key=lambda n: times[n].median)
         row[name] = {n: vars(t) for n, t in times.items()}

@@ -40,20 +40,39 @@ def _kernels(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], devic
     """Medians in ms, dense (the fastest kernel there) -> sparse; an implementation that is wrong gets no time."""
     shape = f"batch {config['batch_size']}, {config['query_heads']}/{config['key_value_heads']} heads"
     title = f"Attention, dense->sparse, {shape}, D {config['head_dim']}, {config['dtype']}, {device}"
-    columns = ["T", "L", "keep", "form", "error", "fwd ms", "gain", "fwd+bwd ms", "gain", "ideal"]
+    columns = [
+        "T",
+        "scorer",
+        "L",
+        "keep",
+        "form",
+        "error",
+        "select ms",
+        "fwd ms",
+        "gain",
+        "fwd+bwd ms",
+        "gain",
+        "ideal",
+    ]
     table = []
     for row in rows:
-        cells = [f"{row['length']:,}", str(row["lag"]), f"1/{row['compression']:g}", row["backend"]]
+        cells = [f"{row['length']:,}", _scorer(config, row), str(row["lag"]), f"1/{row['compression']:g}"]
+        cells.append(row["backend"])
         if row["gate"] != "passed":
             missing = [""] * (len(columns) - len(cells) - 1)
             table.append([*cells, f"{row['error']:.0e} > {row['allowed_error']:.0e}: WRONG", *missing])
             continue
-        cells.append(f"{row['error']:.0e}")
+        cells += [f"{row['error']:.0e}", _ms(row["selection"]["median"]) if "selection" in row else ""]
         for name in ("forward", "forward_backward"):
             dense, sparse = (row[name][kernel]["median"] for kernel in (row[f"{name}_dense"], "sparse"))
             cells += [f"{_ms(dense)}->{_ms(sparse)}", f"{row[f'{name}_speedup']:.2f}x"]
         table.append([*cells, f"{row['ideal_speedup']:.2f}x"])
     return Report(title, columns, table)
+
+
+def _scorer(config: Mapping[str, Any], row: Mapping[str, Any]) -> str:
+    """Records until 2026-11-22 had one scorer, in their config."""
+    return row.get("scorer") or config["scorer"]
 
 
 def _ms(value: float) -> str:
@@ -73,6 +92,7 @@ def _step(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], device: 
         table.append(
             [
                 f"{row['length']:,}",
+                _scorer(config, row),
                 str(row["lag"]),
                 f"1/{row['compression']:g}",
                 f"{ms[0]:.1f} -> {ms[1]:.1f}",
@@ -81,7 +101,7 @@ def _step(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], device: 
                 peak,
             ]
         )
-    return Report(title, ["T", "L", "keep", "ms a step", "sparse / dense", "tokens/s", "peak GiB"], table)
+    return Report(title, ["T", "scorer", "L", "keep", "ms a step", "sparse / dense", "tokens/s", "peak GiB"], table)
 
 
 def _generate(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], device: str) -> Report:

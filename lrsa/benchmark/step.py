@@ -9,6 +9,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from lrsa.attention import SparseAttentionConfig
+from lrsa.benchmark.cases import cases
 from lrsa.benchmark.timing import compare, peak_memory
 from lrsa.config import BenchConf
 from lrsa.models import build_model, set_attention, target_logits
@@ -16,27 +17,25 @@ from lrsa.models import build_model, set_attention, target_logits
 
 def run(conf: BenchConf, device: torch.device) -> Iterator[dict[str, Any]]:
     """One row a length and compression: ms a step, tokens/s, peak bytes, and the ratio to the dense step."""
+    chosen = cases(conf)
     model = build_model(conf.model, None).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=device.type == "cuda" or None)
     for length in conf.lengths:
         batch = _batch(conf, length, model.config.vocab_size, device)
-        for lag in conf.lags:
-            for compression in conf.compressions:
-                sparse = SparseAttentionConfig(
-                    scorer=conf.scorer, sink_size=conf.sink_size, lag_size=lag, keep_ratio=1 / compression
-                )
-                steps = {
-                    "dense": _step(conf, model, None, optimizer, batch, device),
-                    "sparse": _step(conf, model, sparse, optimizer, batch, device),
-                }
-                times = compare(steps, conf.rounds, device)
-                tokens = conf.batch_size * length
-                row: dict[str, Any] = {"length": length, "lag": lag, "compression": compression}
-                row |= {"batch_size": conf.batch_size, "step": {name: vars(t) for name, t in times.items()}}
-                row["step_ratio"] = times["sparse"].median / times["dense"].median
-                row["tokens_per_second"] = {name: 1e3 * tokens / t.median for name, t in times.items()}
-                row["peak_memory"] = {name: peak_memory(step, device) for name, step in steps.items()}
-                yield row
+        for sparse, compression in chosen:
+            steps = {
+                "dense": _step(conf, model, None, optimizer, batch, device),
+                "sparse": _step(conf, model, sparse, optimizer, batch, device),
+            }
+            times = compare(steps, conf.rounds, device)
+            tokens = conf.batch_size * length
+            row: dict[str, Any] = {"length": length, "scorer": sparse.scorer, "lag": sparse.lag_size}
+            row |= {"compression": compression, "batch_size": conf.batch_size}
+            row["step"] = {name: vars(t) for name, t in times.items()}
+            row["step_ratio"] = times["sparse"].median / times["dense"].median
+            row["tokens_per_second"] = {name: 1e3 * tokens / t.median for name, t in times.items()}
+            row["peak_memory"] = {name: peak_memory(step, device) for name, step in steps.items()}
+            yield row
 
 
 def _batch(conf: BenchConf, length: int, vocabulary: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

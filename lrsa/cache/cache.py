@@ -41,7 +41,6 @@ class SparseKVCache(Cache):
         model_config: of the model; sliding-window layers get transformers' own cache layers, ``dense_layers`` keep all.
         max_tokens: most tokens a row will ever hold, prompt and answer. Storage is then made once; without, it grows by
             half when full, which copies it.
-
         prompt_length: of schedule ``prefill_once``, columns of the prompt, pads included: compression comes when they
             were read. None: the first forward pass is the prompt, as in `generate` (whose own prefill_chunk_size
             would make several of it: give the length then). Pads are on the left. What follows is never compressed: a
@@ -154,16 +153,21 @@ class SparseKVCache(Cache):
         backend: str,
     ) -> Tensor:
         """See `AttendingLayer.attend`. ``attention_mask [B, columns]`` as the tokenizer makes it, 0 at pads."""
-        if config != self.config:
-            raise ValueError(
-                f"the cache was made for {self.config}, the model attends with {config}: make it with "
-                "SparseKVCache(get_attention(model), model.config), or set_attention(model, ...) to the cache's"
-            )
+        if self._step is None and self._static is None:
+            try:
+                checks.check_config(config, self.config)
+                self._step = self._begin(query, attention_mask, position_ids)
+            except ValueError:
+                if layer is self.layers[0]:  # nothing was written anywhere: the caller may correct it and go on
+                    self._pending = None
+                    self._prompt_end = self._prompt_end if self.columns else self.prompt_length
+                raise
+        else:
+            checks.check_config(config, self.config)
         if self._static is not None:
             out = self._attend_static(layer, query, key, value, scale)
         else:
-            if self._step is None:
-                self._step = self._begin(query, attention_mask, position_ids)
+            assert self._step is not None
             out = layer.attend(self._step, query, key, value, scale, backend)
             layer.columns += query.shape[2]
             self._step.attended.add(layer.layer_idx)
@@ -202,7 +206,7 @@ class SparseKVCache(Cache):
     def expect_prompt(self, columns: int) -> None:
         """The ``columns`` to come are the prompt, in however many forward passes; ``prompt_length``, if it was given,
         knows better. `lrsa.cache.prefill` says so; without effect once something was fed, and on other schedules."""
-        if self._prompt_end is None and not self.columns:
+        if self.prompt_length is None and not self.columns:
             self._prompt_end = columns
 
     def _refuse_if_sliding_layers_differ(self) -> None:

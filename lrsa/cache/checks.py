@@ -17,6 +17,11 @@ _WAY_OUT = "Feed the shorter prompt to a new cache, or copy the cache (copy.deep
 
 
 def check_model(config: SparseAttentionConfig, text_config: Any) -> None:
+    if config.mask_form_only:
+        raise ValueError(
+            f"SparseKVCache cannot hold this: {config.mask_form_only}. Score it in one pass without a cache "
+            "(lrsa-eval mode=score, use_cache=False), or set_attention to a config that a cache can follow"
+        )
     implementation = getattr(text_config, "_attn_implementation", None)
     if implementation != NAME:
         raise ValueError(
@@ -29,6 +34,14 @@ def check_model(config: SparseAttentionConfig, text_config: Any) -> None:
         raise ValueError(
             f"the model's attention is {stored}, the cache is asked for {config.to_dict()}: give both the same, with "
             "set_attention(model, config)"
+        )
+
+
+def check_config(config: SparseAttentionConfig, made_for: SparseAttentionConfig) -> None:
+    if config != made_for:
+        raise ValueError(
+            f"the cache was made for {made_for}, the model attends with {config}: make it with "
+            "SparseKVCache(get_attention(model), model.config), or set_attention(model, ...) to the cache's"
         )
 
 

@@ -39,7 +39,7 @@ def _markdown_rows(table: ResultTable, rows: Sequence[Row]) -> list[str]:
     header = ["task", "post-trained with", "n", *(column.header for column in table.columns)]
     lines = [_markdown_line(header), "| --- | --- |" + " ---: |" * (len(header) - 2)]
     for row in rows:
-        head = [table.name(row.task), table.name(row.arm), row.size or MIXED]
+        head = [table.name(row.task), table.row_name(row), row.size or MIXED]
         lines.append(_markdown_line(head + [_markdown_cell(table, row, cell) for cell in row.cells]))
     return lines
 
@@ -105,7 +105,7 @@ def _latex_rows(table: ResultTable, rows: Sequence[Row]) -> list[str]:
             lines.append(r"\addlinespace")
         head = [
             _tex(table.name(row.task)) if row.task != before else "",
-            _tex(table.name(row.arm)),
+            _tex(table.row_name(row)),
             _latex_size(row.size or MIXED),
         ]
         lines.append(_latex_line(head + [_latex_cell(table, row, cell) for cell in row.cells]))
@@ -147,7 +147,7 @@ _TEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciic
 
 
 def _tex(text: str) -> str:
-    return "".join(_TEX.get(mark, mark) for mark in text).replace("×", r"$\times$")
+    return "".join(_TEX.get(mark, mark) for mark in text).replace("×", r"$\times$").replace("−", "$-$")
 
 
 def to_csv(table: ResultTable) -> str:
@@ -176,7 +176,6 @@ def to_csv(table: ResultTable) -> str:
         ]
     )
     for kind, rows in (("value", table.rows), ("difference", table.differences)):
-        reference = table.reference if kind == "difference" else ""
         for row in rows:
             for column, cell in zip(table.columns, row.cells, strict=True):
                 head = [
@@ -184,7 +183,7 @@ def to_csv(table: ResultTable) -> str:
                     table.metric.name,
                     row.task,
                     row.arm,
-                    reference,
+                    row.reference or "",
                     column.label,
                     _short(cell.measured_ratio),
                 ]
@@ -226,7 +225,7 @@ def _console_task(table: ResultTable, rows: Sequence[Row], values: bool) -> Tabl
     for row in rows:
         size = f"\nn={row.size}" if row.size else ""
         cells = [_console_cell(table, row, cell, values) for cell in row.cells]
-        shown.add_row(Text.assemble(table.name(row.arm), (size, "dim")), *cells)
+        shown.add_row(Text.assemble(table.row_name(row), (size, "dim")), *cells)
     return shown
 
 

@@ -74,9 +74,12 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
+    """``reference``: the arm that a row of differences is to."""
+
     task: str
     arm: str
     cells: tuple[Cell, ...]
+    reference: str | None = None
 
     @property
     def size(self) -> str | None:
@@ -87,7 +90,9 @@ class Row:
 
 @dataclass(frozen=True)
 class ResultTable:
-    """`rows` task by task, arms in order; `differences` the same cells as arm minus `reference`, paired by example."""
+    """`rows` task by task, arms in order; `differences` the same cells as arm minus reference, paired by example.
+    `reference` is that of all rows, None where each has its own.
+    """
 
     title: str
     metric: Metric
@@ -102,9 +107,14 @@ class ResultTable:
     def name(self, key: str) -> str:
         return self.names.get(key, key)
 
+    def row_name(self, row: Row) -> str:
+        own = row.reference if self.reference is None else None
+        return self.name(row.arm) if own is None else f"{self.name(row.arm)} − {self.name(own)}"
+
     @property
     def difference_title(self) -> str:
-        return f"difference to {self.name(self.reference or '')}, {self.metric.unit}"
+        of = "" if self.reference is None else f" to {self.name(self.reference)}"
+        return f"difference{of}, {self.metric.unit}"
 
 
 def build_table(
@@ -113,7 +123,7 @@ def build_table(
     title: str = "Post-training x inference compression",
     arms: Sequence[str] = (),
     tasks: Sequence[str] = (),
-    reference: str | None = None,
+    reference: str | Mapping[str, str] | None = None,
     names: Mapping[str, str] | None = None,
     metric: str = "exact",
     n_resamples: int = RESAMPLES,
@@ -123,10 +133,10 @@ def build_table(
     """Join `records` into a table: seeds of an arm together, arms paired by example.
 
     `arms` and `tasks` give rows and their order (default: all, arms by name, tasks as evaluated); one that no record
-    holds becomes `missing` cells. `reference` (default: the first arm) is what the differences are to. `names` are
-    display names. Raises ValueError for an unknown metric or reference and for arms scored on different examples;
-    RecordError where outcomes contradict the record's cells, two different experiments claim one cell, or nothing is
-    left.
+    holds becomes `missing` cells. `reference` (default: the first arm) is what the differences are to, or for each
+    arm that is to have one, its own. `names` are display names. Raises ValueError for an unknown metric or reference
+    and for arms scored on different examples; RecordError where outcomes contradict the record's cells, two different
+    experiments claim one cell, or nothing is left.
     """
     if metric not in METRICS:
         raise ValueError(f"unknown metric '{metric}'; choose from {', '.join(METRICS)}")
@@ -134,8 +144,13 @@ def build_table(
     arms = list(arms) or sorted({arm for arm, _, _ in joined.cells})
     tasks = list(tasks) or list(dict.fromkeys(task for _, task, _ in joined.cells))
     reference = reference if reference is not None else (arms[0] if len(arms) > 1 else None)
-    if reference is not None and reference not in arms:
-        raise ValueError(f"reference arm '{reference}' is not among the table's arms: {', '.join(arms)}")
+    if reference is None or isinstance(reference, str):
+        references = {arm: reference for arm in arms if reference not in (None, arm)}
+    else:
+        references, reference = dict(reference), None
+    for name in [*references, *references.values(), reference]:
+        if name is not None and name not in arms:
+            raise ValueError(f"reference arm '{name}' is not among the table's arms: {', '.join(arms)}")
     if not joined.cells:
         there = ", ".join(sorted({record.arm for record in records})) or "none"
         of = "" if metric == "exact" else f" with {metric}"
@@ -150,9 +165,9 @@ def build_table(
             ratios = [joined.cells[key].ratio if key in joined.cells else None for key in keys]
             wins = [best[column] == arm for column in columns]
             rows.append(Row(task, arm, tuple(map(Cell, map(joined.mean, keys), ratios, wins))))
-            if reference is not None and arm != reference:
-                gains = [joined.difference(key, reference) for key in keys]
-                differences.append(Row(task, arm, tuple(map(Cell, gains, ratios))))
+            if arm in references:
+                gains = [joined.difference(key, references[arm]) for key in keys]
+                differences.append(Row(task, arm, tuple(map(Cell, gains, ratios)), references[arm]))
     table = ResultTable(
         title=title,
         metric=METRICS[metric],

@@ -11,6 +11,17 @@ import torch
 from torch import Tensor
 
 from lrsa.attention import SparseAttentionConfig, sparse_attention
+from lrsa.attention.scorers import SCORERS
+
+LOCAL = sorted(name for name, scorer in SCORERS.items() if not scorer.reads_future)  # have all forms, and are causal
+COMPARABLE = sorted(name for name, scorer in SCORERS.items() if scorer.comparable)
+# (scorer, backend): every rule in every form on the CPU that it has.
+FORMS = [(name, backend) for name in sorted(SCORERS) for backend in ("reference", "gather")[: 1 + (name in LOCAL)]]
+
+
+def prompt(scorer: str, lengths: int | Tensor) -> dict[str, int | Tensor]:
+    """``prompt_lengths`` for a rule that asks for them."""
+    return {"prompt_lengths": lengths} if SCORERS[scorer].reads_future else {}
 
 
 def random_inputs(

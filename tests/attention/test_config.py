@@ -17,7 +17,7 @@ from tests.attention.tensors import random_inputs
 @pytest.mark.parametrize(
     ("values", "parts"),
     [
-        ({"scorer": "snapkv2"}, ["'snapkv2'", "lag_relative, random, recency, snapkv, tova"]),
+        ({"scorer": "snapkv2"}, ["'snapkv2'", "lag_relative, oracle, random, recency, snapkv, tova"]),
         ({"scorer_args": {"seed": 1}}, ["'lag_relative'", "['seed']", "value_weight"]),
         ({"scorer": "tova", "scorer_args": {"seed": 1}}, ["'tova'", "['seed']", "none"]),
         ({"keep_ratio": 0.0}, ["keep_ratio=0.0", "(0, 1]", "top_k=0"]),
@@ -35,7 +35,7 @@ from tests.attention.tensors import random_inputs
         ({"sink_size": "16"}, ["sink_size='16'", "integer"]),
         ({"chunk_size": 0}, ["chunk_size=0", "at least 1"]),
         ({"chunk_size": 2.0}, ["chunk_size=2.0", "integer"]),
-        ({"budget": "cone"}, ["budget='cone'", "uniform, pyramid"]),
+        ({"budget": "cone"}, ["budget='cone'", "uniform, pyramid, adaptive"]),
         ({"schedule": "sliding"}, ["schedule='sliding'", "chunked"]),
     ],
     ids=lambda x: "-".join(f"{k}={v}" for k, v in x.items()) if isinstance(x, dict) else "",
@@ -205,3 +205,17 @@ def test_a_layers_share_of_a_pyramid():
     query = torch.zeros(1, 1, 4, 8)
     with pytest.raises(ValueError, match="for_layer"):
         sparse_attention(query, query, query, SparseAttentionConfig(budget="pyramid"))
+
+
+@pytest.mark.parametrize("tokens", [1500, 4096])
+@pytest.mark.parametrize("factor", [2, 4, 8])
+def test_a_window_is_widened_to_equal_bytes(tokens, factor):
+    window = SparseAttentionConfig(scorer="recency", top_k=0, equal_bytes_at=tokens).with_compression(factor)
+    rival = SparseAttentionConfig().with_compression(factor)
+    assert window.top_k == 0 and window.lag_size > 128 and window.equal_bytes_at is None
+    assert window.geometry.slots(tokens) == rival.geometry.slots(tokens)
+
+
+def test_a_window_is_widened_where_nothing_is_kept_alone():
+    with pytest.raises(ValueError, match=r"equal_bytes_at=4096 .* top_k=3 .*set top_k=0"):
+        SparseAttentionConfig(scorer="recency", top_k=3, equal_bytes_at=4096)

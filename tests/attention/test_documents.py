@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from lrsa.attention import SparseAttentionConfig, kept_tokens, slots, sparse_attention, visibility_mask
-from lrsa.attention.scorers import SCORERS
-from tests.attention.tensors import attend, forward_and_gradients, packed_ids, random_inputs
+from tests.attention.tensors import LOCAL, attend, forward_and_gradients, packed_ids, random_inputs
 
 ROWS = {
     "right-pads": [[(0, 120)], [(0, 67), (-1, 53)], [(3, 5), (-1, 115)]],
@@ -17,7 +16,7 @@ ROWS = {
 }
 rows = pytest.mark.parametrize("runs", ROWS.values(), ids=ROWS)
 backends = pytest.mark.parametrize("backend", ["reference", "gather"])
-scorers = pytest.mark.parametrize("scorer", sorted(SCORERS))
+scorers = pytest.mark.parametrize("scorer", LOCAL)
 CONFIG = {"sink_size": 3, "lag_size": 8, "top_k": 3, "chunk_size": 11}
 
 

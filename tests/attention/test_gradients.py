@@ -8,7 +8,9 @@ from torch.utils.checkpoint import checkpoint
 
 from lrsa.attention import SparseAttentionConfig, checkpoint_contexts, kept_tokens, sparse_attention
 from lrsa.attention.scorers import SCORERS, Partitions, Scorer
-from tests.attention.tensors import packed_ids, random_inputs
+from tests.attention.tensors import COMPARABLE, LOCAL, packed_ids, random_inputs
+
+ONCE = {"schedule": "prefill_once"}
 
 
 @pytest.fixture
@@ -44,14 +46,19 @@ def test_gradcheck_in_float64(chunk, ids, backend):
     assert torch.autograd.gradcheck(lambda q, k, v: function(q, k, v), inputs, atol=1e-6, fast_mode=False)
 
 
-@pytest.mark.parametrize("backend", ["reference", "gather"])
-@pytest.mark.parametrize("scorer", sorted(SCORERS))
-def test_checkpointing_keeps_the_selection_and_the_gradients(scorer, backend, counting_scorer):
-    config = SparseAttentionConfig(scorer=scorer, sink_size=1, lag_size=8, top_k=2)
+@pytest.mark.parametrize(
+    ("scorer", "options", "backend"),
+    [(scorer, options, backend) for scorer in LOCAL for options in ({}, ONCE) for backend in ("reference", "gather")]
+    + [(scorer, {"budget": "adaptive"}, "reference") for scorer in COMPARABLE if scorer in LOCAL],
+    ids=lambda x: "".join(x.values()) or "chunked" if isinstance(x, dict) else x,
+)
+def test_checkpointing_keeps_the_selection_and_the_gradients(scorer, options, backend, counting_scorer):
+    config = SparseAttentionConfig(scorer=scorer, sink_size=1, lag_size=8, top_k=2, **options)
+    told = {"prompt_lengths": 60} if config.reads_prompt_lengths else {}
     weight = torch.eye(16) + 0.1
 
     def block(q, k, v):
-        return sparse_attention(q @ weight, k @ weight, v @ weight, config, backend=backend).tanh()
+        return sparse_attention(q @ weight, k @ weight, v @ weight, config, backend=backend, **told).tanh()
 
     def gradients(run):
         leaves = [x.requires_grad_() for x in random_inputs(1, 4, 2, 80, 16)]

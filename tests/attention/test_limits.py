@@ -5,13 +5,11 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from lrsa.attention import SparseAttentionConfig, kept_tokens, sparse_attention
-from lrsa.attention.scorers import SCORERS
-from tests.attention.tensors import assert_no_worse, attend, forward_and_gradients, random_inputs
+from tests.attention.tensors import FORMS, LOCAL, assert_no_worse, attend, forward_and_gradients, prompt, random_inputs
 
-SCORER_NAMES = sorted(SCORERS)
-BACKENDS = ("reference", "gather")
-backends = pytest.mark.parametrize("backend", BACKENDS)
-scorers = pytest.mark.parametrize("scorer", SCORER_NAMES)
+backends = pytest.mark.parametrize("backend", ["reference", "gather"])
+forms = pytest.mark.parametrize(("scorer", "backend"), FORMS)
+local_forms = pytest.mark.parametrize(("scorer", "backend"), [form for form in FORMS if form[0] in LOCAL])
 
 
 def dense(query, key, value):
@@ -25,18 +23,16 @@ def assert_dense(config, inputs, backend, **options):
     assert_no_worse(fast, plain, exact)
 
 
-@backends
-@scorers
+@forms
 def test_keeping_all_is_dense_attention(scorer, backend):
     for sink, lag, chunk in ((0, 8, 8), (5, 16, 3), (3, 16, 40)):
         config = SparseAttentionConfig(scorer=scorer, sink_size=sink, lag_size=lag, top_k=lag, chunk_size=chunk)
-        assert_dense(config, random_inputs(2, 4, 2, 111, 16), backend)
+        assert_dense(config, random_inputs(2, 4, 2, 111, 16), backend, **prompt(scorer, 90))
     config = SparseAttentionConfig(scorer=scorer, sink_size=4, lag_size=16, keep_ratio=1.0)
-    assert_dense(config, random_inputs(1, 3, 1, 130, 32), backend)
+    assert_dense(config, random_inputs(1, 3, 1, 130, 32), backend, **prompt(scorer, 90))
 
 
-@backends
-@scorers
+@forms
 @pytest.mark.parametrize("tokens", [1, 2, 15, 16, 17, 47])
 def test_shorter_than_the_first_chunk_is_dense_attention(tokens, scorer, backend):
     config = SparseAttentionConfig(scorer=scorer, sink_size=16, lag_size=16, top_k=0)
@@ -63,8 +59,7 @@ def test_a_dense_layer_is_dense(backend):
     assert not torch.allclose(sparse_attention(*inputs, config, layer_idx=1, backend=backend), dense(*inputs))
 
 
-@backends
-@scorers
+@local_forms
 @pytest.mark.parametrize("chunk", [1, 8, 20])
 def test_the_future_never_reaches_the_past(chunk, scorer, backend):
     config = SparseAttentionConfig(scorer=scorer, sink_size=3, lag_size=8, top_k=3, chunk_size=chunk)
@@ -78,8 +73,7 @@ def test_the_future_never_reaches_the_past(chunk, scorer, backend):
         assert ((after - before)[:, :, cut:].abs().amax((1, 3)) > 1e-3).all(), "the change did not act"
 
 
-@backends
-@scorers
+@local_forms
 def test_a_longer_row_continues_a_shorter_one(scorer, backend):
     """The function of the prefix alone: where the row ends changes nothing (to rounding: kernels see other shapes)."""
     config = SparseAttentionConfig(scorer=scorer, sink_size=3, lag_size=8, top_k=3, chunk_size=11)
@@ -90,33 +84,36 @@ def test_a_longer_row_continues_a_shorter_one(scorer, backend):
         torch.testing.assert_close(part, whole[:, :, :stop], rtol=1e-5, atol=1e-5)
 
 
-@backends
-@scorers
+@forms
 def test_rows_of_a_batch_do_not_meet(scorer, backend):
     config = SparseAttentionConfig(scorer=scorer, sink_size=3, lag_size=8, top_k=3)
     inputs = random_inputs(4, 4, 2, 90, 16)
+    lengths = torch.tensor([80, 61, 90, 40])
+
+    def attend_rows(rows):
+        options = prompt(scorer, lengths[rows])
+        return sparse_attention(*(x[rows] for x in inputs), config, backend=backend, **options)
+
     order = torch.tensor([2, 0, 3, 1])
-    whole = sparse_attention(*inputs, config, backend=backend)
-    permuted = sparse_attention(*(x[order] for x in inputs), config, backend=backend)
-    torch.testing.assert_close(permuted, whole[order], rtol=1e-5, atol=1e-6)
-    alone = torch.cat([sparse_attention(*(x[i : i + 1] for x in inputs), config, backend=backend) for i in range(4)])
+    whole = attend_rows(torch.arange(4))
+    torch.testing.assert_close(attend_rows(order), whole[order], rtol=1e-5, atol=1e-6)
+    alone = torch.cat([attend_rows(torch.tensor([i])) for i in range(4)])
     torch.testing.assert_close(alone, whole, rtol=1e-5, atol=1e-6)
 
 
-@scorers
-def test_query_heads_see_the_keys_of_their_own_group(scorer):
+@forms
+def test_query_heads_see_the_keys_of_their_own_group(scorer, backend):
     """Heads h*G .. h*G+G-1 share KV head h, as transformers' repeat_kv lays them out."""
     config = SparseAttentionConfig(scorer=scorer, sink_size=3, lag_size=8, top_k=3)
     query, key, value = random_inputs(1, 6, 2, 90, 16)
-    for backend in BACKENDS:
-        before = sparse_attention(query, key, value, config, backend=backend)
-        after = sparse_attention(query, key, torch.cat([value[:, :1], -value[:, 1:]], 1), config, backend=backend)
-        assert torch.equal(after[:, :3], before[:, :3])
-        assert not torch.allclose(after[:, 3:], before[:, 3:])
+    options = {"backend": backend, **prompt(scorer, 80)}
+    before = sparse_attention(query, key, value, config, **options)
+    after = sparse_attention(query, key, torch.cat([value[:, :1], -value[:, 1:]], 1), config, **options)
+    assert torch.equal(after[:, :3], before[:, :3])
+    assert not torch.allclose(after[:, 3:], before[:, 3:])
 
 
-@backends
-@scorers
+@forms
 @pytest.mark.parametrize("what", ["zero", "one-token-repeated", "constant-channels", "huge", "tiny"])
 def test_degenerate_channels_give_no_nan(what, scorer, backend):
     config = SparseAttentionConfig(scorer=scorer, sink_size=3, lag_size=8, top_k=3)
@@ -131,7 +128,8 @@ def test_degenerate_channels_give_no_nan(what, scorer, backend):
         inputs = (inputs[0] * 1e-15, inputs[1] * 1e18, inputs[2] * 1e18)
     else:
         inputs = (inputs[0], inputs[1] * 1e-30, inputs[2] * 1e-30)
-    assert all(x.isfinite().all() for x in forward_and_gradients(attend(config, backend), *inputs))
+    found = forward_and_gradients(attend(config, backend, **prompt(scorer, 80)), *inputs)
+    assert all(x.isfinite().all() for x in found)
 
 
 @pytest.mark.parametrize("scorer", ["lag_relative", "tova"])
@@ -156,14 +154,14 @@ def test_a_tie_at_the_border_keeps_the_earlier_of_two():
         assert kept[0, 0, :8].nonzero()[:, 0].tolist() == expected
 
 
-@scorers
-def test_selection_carries_no_gradient_and_kept_values_do(scorer):
-    config = SparseAttentionConfig(scorer=scorer, sink_size=2, lag_size=8, top_k=2)
+@forms
+def test_selection_carries_no_gradient_and_kept_values_do(scorer, backend):
+    config, options = SparseAttentionConfig(scorer=scorer, sink_size=2, lag_size=8, top_k=2), prompt(scorer, 55)
     query, key, value = random_inputs(1, 2, 1, 60, 16)
-    kept = kept_tokens(key, value, config, query=query)
-    assert not kept_tokens(key.requires_grad_(), value, config, query=query).requires_grad
+    kept = kept_tokens(key, value, config, query=query, **options)
+    assert not kept_tokens(key.requires_grad_(), value, config, query=query, **options).requires_grad
     value.requires_grad_()
-    out = sparse_attention(query, key, value, config, backend="gather")
+    out = sparse_attention(query, key, value, config, backend=backend, **options)
     (grad,) = torch.autograd.grad(out[:, :, -1].sum(), value)
     assert torch.equal(grad.abs().sum(-1) > 0, kept), "the last query reaches what is kept, and nothing else"
 

@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lrsa.attention import SparseAttentionConfig, sparse_attention
-from tests.attention.tensors import random_inputs
+from lrsa.attention import SparseAttentionConfig, reference, sparse_attention
+from tests.attention.tensors import attend, forward_and_gradients, packed_ids, random_inputs
 
 HEADS, GROUPS, DIM = 3, 3, 32
 
@@ -68,6 +68,36 @@ def test_memory_of_gather_doubles_with_the_length(measure, lag):
 def test_the_measure_sees_quadratic_memory():
     config = SparseAttentionConfig(sink_size=16, lag_size=64, keep_ratio=0.25)
     assert peak_bytes(1024, config, "reference") > 3.5 * peak_bytes(512, config, "reference")
+
+
+def test_the_mask_form_takes_a_head_at_a_time():
+    """Without gradients: as much for four rows as for one, but for inputs, output and the mask itself."""
+    config = SparseAttentionConfig(sink_size=16, lag_size=64, keep_ratio=0.25)
+
+    def peak(batch):
+        inputs = random_inputs(batch, HEADS * GROUPS, HEADS, 1024, DIM)
+        with torch.no_grad(), Peak() as peak:
+            sparse_attention(*inputs, config, backend="reference")
+        return peak.peak
+
+    logits = GROUPS * 1024**2 * 4
+    whole = peak(4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference, "MOST_LOGITS", 1)
+        assert peak(4) - peak(1) < 3 * logits < 0.3 * (whole - peak(4))
+
+
+@pytest.mark.parametrize("most", [1, 2 * 111**2 * 2])
+def test_the_mask_form_in_parts_is_the_same(most, monkeypatch):
+    ids = packed_ids([(0, 60), (1, 51)], [(0, 111)], [(-1, 11), (2, 100)])
+    for document_ids in (None, ids):
+        run = attend(SparseAttentionConfig(sink_size=3, lag_size=8), "reference", document_ids=document_ids)
+        inputs = random_inputs(3, 4, 2, 111, 16)
+        whole = forward_and_gradients(run, *inputs)
+        monkeypatch.setattr(reference, "MOST_LOGITS", most)
+        for part, x in zip(forward_and_gradients(run, *inputs), whole, strict=True):
+            torch.testing.assert_close(part, x)
+        monkeypatch.undo()
 
 
 def test_gather_saves_little_more_than_its_inputs_and_output():

@@ -9,12 +9,12 @@ from lrsa.attention import SparseAttentionConfig, kept_tokens, slots, sparse_att
 from lrsa.attention.scorers import SCORERS
 from lrsa.models import make_cache, set_attention, target_logits
 from tests.architectures import model_of, tokens
-from tests.attention.tensors import attend, forward_and_gradients, packed_ids, random_inputs
+from tests.attention.tensors import LOCAL, attend, forward_and_gradients, packed_ids, random_inputs
 from tests.cache.test_feeding import NEAR
 
 SINK, WINDOW, PROMPT, TOKENS = 3, 8, 50, 63
 RANKED = PROMPT - SINK - WINDOW
-scorers = pytest.mark.parametrize("name", sorted(SCORERS))
+scorers = pytest.mark.parametrize("name", LOCAL)
 
 
 def config_of(scorer: str = "snapkv", **options) -> SparseAttentionConfig:
@@ -117,11 +117,11 @@ def test_snapkv_by_the_formula(sink):
 
 @pytest.mark.parametrize("backend", ["reference", "auto"])
 def test_padded_rows_are_the_rows_alone(backend):
-    """Pads on either side hold NaN. Lengths count a document's own tokens."""
+    """Pads, on either side or all of a row, hold NaN. Lengths count a document's own tokens."""
     config = config_of("lag_relative")
-    ids = packed_ids([(-1, 10), (0, 53)], [(0, 40), (-1, 23)])
-    inputs = [x.masked_fill((ids == -1)[:, None, :, None], torch.nan) for x in random_inputs(2, 4, 2, TOKENS, 16)]
-    options = {"prompt_lengths": torch.tensor([44, 30]), "document_ids": ids}
+    ids = packed_ids([(-1, 10), (0, 53)], [(0, 40), (-1, 23)], [(-1, 63)])
+    inputs = [x.masked_fill((ids == -1)[:, None, :, None], torch.nan) for x in random_inputs(3, 4, 2, TOKENS, 16)]
+    options = {"prompt_lengths": torch.tensor([44, 30, 0]), "document_ids": ids}
     out = sparse_attention(*inputs, config, backend=backend, **options)
     kept = kept_tokens(inputs[1], inputs[2], config, **options)
     assert not (kept & (ids == -1)[:, None]).any() and (out.masked_fill((ids >= 0)[:, None, :, None], 0) == 0).all()
@@ -149,13 +149,19 @@ def test_kept_can_be_given_and_is_checked():
     ("options", "message"),
     [
         ({}, r"schedule='prefill_once' compresses at the end of the prompt: pass prompt_lengths="),
-        ({"prompt_lengths": torch.tensor([5.0])}, r"prompt_lengths must be int64 \[B\] = \(1,\), not torch.float32"),
-        ({"prompt_lengths": torch.tensor([5, 5])}, r"prompt_lengths must be int64 \[B\] = \(1,\), not .* \(2,\)"),
+        (
+            {"prompt_lengths": torch.tensor([5.0])},
+            r"prompt_lengths must be an int or int64 \[B\] = \(1,\), not torch.float32",
+        ),
+        (
+            {"prompt_lengths": torch.tensor([5, 5])},
+            r"prompt_lengths must be an int or int64 \[B\] = \(1,\), not .* \(2,\)",
+        ),
         ({"prompt_lengths": 64}, r"row 0 has a prompt of 64 tokens and 63 tokens in all"),
         ({"prompt_lengths": 0}, r"row 0 has a prompt of 0 tokens"),
         (
             {"prompt_lengths": 9, "document_ids": packed_ids([(0, 30), (1, 33)])},
-            r"one document a row, document_ids have 2 in 1 rows",
+            r"one length a row, but document_ids packs several documents into one",
         ),
         ({"prompt_lengths": 9, "backend": "cudnn"}, r"backend='cudnn' is unknown"),
     ],
@@ -166,20 +172,40 @@ def test_what_it_refuses(options, message):
         sparse_attention(*random_inputs(1, 4, 2, TOKENS, 16), config_of(), **options)
 
 
-def test_the_chunked_schedule_takes_no_prompt_lengths():
+def test_the_chunked_schedule_takes_prompt_lengths_for_a_rule_that_looks_ahead_alone():
     query, key, value = random_inputs(1, 4, 2, TOKENS, 16)
     config = SparseAttentionConfig(lag_size=8)
     with pytest.raises(ValueError, match=r"prompt_lengths= with schedule='chunked'.*set schedule='prefill_once'"):
         sparse_attention(query, key, value, config, prompt_lengths=9)
+    kept = None
+    for scorer in SCORERS:
+        config = SparseAttentionConfig(scorer=scorer, lag_size=8)
+        if config.reads_prompt_lengths:  # the oracle, which looks ahead in the prompt
+            kept = kept_tokens(key, value, config, query=query, prompt_lengths=9)
+            visibility_mask(kept, config, prompt_lengths=9)
+            continue
+        with pytest.raises(ValueError, match=rf"with schedule='chunked' and scorer='{scorer}', which do not ask"):
+            kept_tokens(key, value, config, query=query, prompt_lengths=9)
+    assert kept is not None
     with pytest.raises(ValueError, match=r"prompt_lengths= with schedule='chunked'"):
-        kept_tokens(key, value, config, prompt_lengths=9)
+        visibility_mask(kept, SparseAttentionConfig(lag_size=8), prompt_lengths=9)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"chunk_size": 8}, r"chunk_size=8 with schedule='prefill_once'.*leave chunk_size None"),
-        ({"budget": "pyramid"}, r"budget='pyramid' with schedule='prefill_once'.*budget='uniform'"),
+        ({"budget": "pyramid"}, r"budget='pyramid' with schedule='prefill_once'.*on the prompt here.*budget='uniform'"),
+        ({"budget": "adaptive"}, r"budget='adaptive' with schedule='prefill_once': each head .*budget='uniform'"),
+        ({"budget": "cone"}, r"budget='cone' is unknown"),
+        (
+            {"scorer": "oracle"},
+            r"scorer='oracle' with schedule='prefill_once': it ranks by .* has none; choose another",
+        ),
+        (
+            {"scorer": "recency", "top_k": 0, "equal_bytes_at": 99},
+            r"equal_bytes_at=99 with schedule='prefill_once': it widens .*leave equal_bytes_at None",
+        ),
     ],
 )
 def test_configs_that_contradict_themselves(options, message):

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from lrsa.attention import SparseAttentionConfig, kept_tokens, sparse_attention, visibility_mask
-from lrsa.attention.scorers import SCORERS
-from tests.attention.tensors import assert_no_worse, attend, forward_and_gradients, packed_ids, random_inputs
+from tests.attention.tensors import LOCAL, assert_no_worse, attend, forward_and_gradients, packed_ids, random_inputs
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ def both(case: Case, config: SparseAttentionConfig, inputs) -> tuple[list[Tensor
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("scorer", sorted(SCORERS))
+@pytest.mark.parametrize("scorer", LOCAL)
 def test_gather_equals_reference_forward_and_gradients(scorer, name):
     case = CASES[name]
     inputs = random_inputs(*case.shape)
@@ -89,7 +88,7 @@ def _naive(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
     return (logits.float().softmax(-1).to(query.dtype) @ value[:, :, None]).flatten(1, 2)
 
 
-@pytest.mark.parametrize("scorer", sorted(SCORERS))
+@pytest.mark.parametrize("scorer", LOCAL)
 @pytest.mark.parametrize("name", ["T129-9-over-3-heads-nothing-kept-C-below-L", "T777-published-geometry"])
 def test_bfloat16_is_as_good_as_naive_bfloat16(scorer, name):
     case = CASES[name]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import pytest
@@ -12,13 +12,13 @@ import torch
 from lrsa.attention import SparseAttentionConfig, kept_tokens, sparse_attention
 from lrsa.attention import scorers as scorers_package
 from lrsa.attention.layout import Geometry
-from lrsa.attention.scorers import SCORERS, Partitions, Scorer, build_scorer
+from lrsa.attention.scorers import SCORERS, Partitions, Prompt, Scorer, build_scorer
 from lrsa.attention.scorers.base import to_eleven_bits
 from lrsa.attention.scorers.random import mix32
 from lrsa.attention.selection import partition
 from lrsa.models import make_cache, set_attention
 from tests.architectures import model_of, tokens
-from tests.attention.tensors import random_inputs
+from tests.attention.tensors import FORMS, LOCAL, prompt, random_inputs
 from tests.cache.feeding import feed, parallel
 
 scorers = pytest.mark.parametrize("name", sorted(SCORERS))
@@ -27,8 +27,13 @@ GEOMETRY = Geometry(sink=3, lag=8, kept=3, chunk=8)
 
 def cut(name, inputs, partitions=4, layer_idx=0) -> Partitions:
     query, key, value = inputs
-    query = query if SCORERS[name].reads_query else None
-    return partition(key, value, query, GEOMETRY, partitions, layer_idx, scale=0.25)
+    parts = partition(
+        key, value, query if SCORERS[name].reads_query else None, GEOMETRY, partitions, layer_idx, scale=0.25
+    )
+    if SCORERS[name].reads_future:
+        lengths = torch.full((len(key),), key.shape[2] - 5)
+        parts = replace(parts, prompt=Prompt(query.unflatten(1, (key.shape[1], -1)), key, lengths))
+    return parts
 
 
 @scorers
@@ -41,7 +46,7 @@ def test_scores_are_float32_of_one_per_token(name, dtype):
     assert scores.isfinite().all()
 
 
-@scorers
+@pytest.mark.parametrize("name", LOCAL)
 def test_scores_of_a_partition_ignore_the_others(name):
     inputs = random_inputs(1, 4, 2, 50, 16)
     scores = build_scorer(name, {})(cut(name, inputs))
@@ -58,7 +63,7 @@ def test_scores_of_a_partition_ignore_the_others(name):
 @scorers
 def test_it_says_where_it_comes_from_and_takes_no_unknown_argument(name):
     assert SCORERS[name].__doc__
-    assert name in ("random", "uniform") or SCORERS[name].paper.startswith("https://arxiv.org/abs/")
+    assert name in ("oracle", "random", "uniform") or SCORERS[name].paper.startswith("https://arxiv.org/abs/")
     with pytest.raises(ValueError, match=rf"scorer '{name}' takes no \['wrong'\]"):
         build_scorer(name, {"wrong": 1})
 
@@ -219,18 +224,17 @@ def test_tova_without_queries_says_so():
         kept_tokens(key, value, config)
 
 
-@pytest.mark.parametrize("backend", ["reference", "gather"])
-def test_scores_do_not_depend_on_autocast(backend):
+@pytest.mark.parametrize(("name", "backend"), FORMS)
+def test_scores_do_not_depend_on_autocast(name, backend):
     """A scorer ranks in float32 whatever the caller's context says, else training and evaluation would part ways."""
-    for name in sorted(SCORERS):
-        config = SparseAttentionConfig(scorer=name, sink_size=3, lag_size=16, top_k=4)
-        query, key, value = random_inputs(1, 4, 2, 400, 32)
-        kept = kept_tokens(key, value, config, query=query)
-        with torch.autocast("cpu", torch.bfloat16):
-            assert torch.equal(kept_tokens(key, value, config, query=query), kept), name
-            out = sparse_attention(query, key, value, config, backend=backend)
-        given = sparse_attention(query, key, value, config, kept=kept, backend=backend)
-        torch.testing.assert_close(out.float(), given, rtol=0.05, atol=0.03)
+    config, options = SparseAttentionConfig(scorer=name, sink_size=3, lag_size=16, top_k=4), prompt(name, 380)
+    query, key, value = random_inputs(1, 4, 2, 400, 32)
+    kept = kept_tokens(key, value, config, query=query, **options)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(kept_tokens(key, value, config, query=query, **options), kept)
+        out = sparse_attention(query, key, value, config, backend=backend, **options)
+    given = sparse_attention(query, key, value, config, kept=kept, backend=backend)
+    torch.testing.assert_close(out.float(), given, rtol=0.05, atol=0.03)
 
 
 # ------------------------------------------------------------------ rules that look at attention, in plain loops
@@ -303,7 +307,7 @@ def test_long_prompts_are_taken_in_parts(monkeypatch):
     from lrsa.attention.scorers import observed as module
 
     inputs = random_inputs(2, 6, 2, 3 + 9 * 8, 16)
-    for name in ("snapkv", "h2o", "tova", "expected_attention"):
+    for name in ("snapkv", "h2o", "tova", "expected_attention", "oracle"):
         whole = build_scorer(name, {})(cut(name, inputs, partitions=8))
         for most in (1, 2 * 2 * 3 * 8 * 16 * 3):
             monkeypatch.setattr(module, "MOST_LOGITS", most)
@@ -350,6 +354,8 @@ def test_the_page_of_rules_has_a_row_for_each():
         assert row.split("|")[3].strip() == ("yes" if scorer.reads_query else "no")
         for argument in fields(scorer):
             assert f"`{argument.name}` {str(argument.default).lower()}" in row
+    adaptive = page[page.index("`adaptive` (AdaKV") :].split(": those are refused")[0]
+    assert all((f"`{name}`" in adaptive.split("Norms and cosines")[0]) == SCORERS[name].comparable for name in SCORERS)
 
 
 def test_a_rule_from_outside_the_package_has_all_forms(monkeypatch):

@@ -6,9 +6,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from lrsa.attention import SparseAttentionConfig, kept_tokens, slots, sparse_attention, visibility_mask
-from lrsa.attention.scorers import SCORERS, Partitions, build_scorer
+from lrsa.attention.scorers import Partitions, build_scorer
 from tests.attention import simulation
-from tests.attention.tensors import random_inputs
+from tests.attention.tensors import LOCAL, random_inputs
 
 TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}  # float32 against float64, logits of a few units
 
@@ -112,7 +112,7 @@ def test_recency_in_plain_loops(problem):
 
 
 @settings(deadline=None, max_examples=500, derandomize=True)
-@given(problems(), st.sampled_from(sorted(SCORERS)))
+@given(problems(), st.sampled_from(LOCAL))
 def test_every_scorer_reads_a_partition_and_its_lag_alone(problem, name):
     rule, inputs, layer = problem
     scores = _scorer_of_one_partition(name, *inputs, layer, rule.kept)

@@ -19,6 +19,7 @@ def feed(model, cache, input_ids: Tensor, blocks: int | Iterable[int], attention
         ids = input_ids[:, start : start + size]
         if attention_mask is None:
             mask, positions = None, torch.tensor(lengths)[:, None] + start + torch.arange(ids.shape[1])
+            positions = positions.to(ids.device)
         else:
             mask = attention_mask[:, : past + start + ids.shape[1]]
             positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lrsa.attention.scorers import SCORERS
 from lrsa.cache import prefill
 from lrsa.models import make_cache
 from tests.architectures import FAMILIES, model_of, tokens
+from tests.attention.tensors import LOCAL
 from tests.cache.feeding import feed, kept, left_padded
 from tests.cache.test_feeding import NEAR, config_of
 
@@ -20,7 +20,7 @@ def rows_of(lengths=LENGTHS):
 
 
 @pytest.mark.parametrize("block", [1, 10, 64])
-@pytest.mark.parametrize("scorer", SCORERS)
+@pytest.mark.parametrize("scorer", LOCAL)
 def test_left_padded_rows_are_the_rows_alone(scorer, block):
     model, rows = model_of("llama", config_of(scorer)), rows_of()
     ids, mask = left_padded(rows)
@@ -62,7 +62,7 @@ def test_pads_in_any_place_and_several_turns(family):
         torch.testing.assert_close(torch.cat(found[r]), expected, **NEAR)
 
 
-@pytest.mark.parametrize("scorer", [None, *SCORERS])
+@pytest.mark.parametrize("scorer", [None, *LOCAL])
 def test_eight_ragged_prompts_generate_what_each_generates_alone(scorer):
     model, rows = model_of("llama", None if scorer is None else config_of(scorer)), rows_of()
     ids, mask = left_padded(rows)

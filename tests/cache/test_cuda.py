@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from lrsa.attention import SparseAttentionConfig
-from lrsa.attention.scorers import SCORERS
 from lrsa.cache.graphed import GraphedStep
 from lrsa.models import load_model, make_cache, set_attention
+from tests.attention.tensors import LOCAL
 from tests.cache.feeding import feed, parallel
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -35,7 +35,7 @@ def models():
 
 
 @pytest.mark.parametrize("chunk", [LAG, 2 * LAG, 3 * LAG + 1])
-@pytest.mark.parametrize("scorer", SCORERS)
+@pytest.mark.parametrize("scorer", LOCAL)
 def test_forms_and_feedings_agree(models, scorer, chunk):
     _, model, ids, dense_error = models
     config = SparseAttentionConfig(

@@ -7,10 +7,10 @@ import torch
 
 from lrsa.attention import SparseAttentionConfig
 from lrsa.attention.huggingface import ARCHITECTURES
-from lrsa.attention.scorers import SCORERS
 from lrsa.cache import prefill
 from lrsa.models import make_cache, set_attention
 from tests.architectures import FAMILIES, model_of, tokens
+from tests.attention.tensors import LOCAL
 from tests.cache.feeding import feed, kept, parallel
 
 LAG, TOKENS = 8, 50
@@ -34,7 +34,7 @@ PAIRS = [
         family, scorer, marks=[] if family == "llama" or scorer in ("lag_relative", "tova") else pytest.mark.slow
     )
     for family in FAMILIES
-    for scorer in SCORERS
+    for scorer in LOCAL
 ]
 
 
@@ -58,7 +58,7 @@ def test_all_forms_and_feedings_agree(family, scorer, chunk):
     assert (parallel(model, ids) - mask_form).abs().max() > 0.01, "nothing was compressed"
 
 
-@pytest.mark.parametrize("scorer", SCORERS)
+@pytest.mark.parametrize("scorer", LOCAL)
 def test_kept_tokens_are_those_of_the_parallel_form(scorer, monkeypatch):
     from lrsa.attention import api, kept_tokens
 

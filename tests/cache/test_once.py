@@ -10,11 +10,11 @@ from transformers import GenerationConfig
 
 from lrsa.attention import SparseAttentionConfig, kept_tokens
 from lrsa.attention.huggingface import ARCHITECTURES
-from lrsa.attention.scorers import SCORERS
 from lrsa.cache import SparseKVCache, prefill
 from lrsa.cache.graphed import GraphedStep
 from lrsa.models import make_cache, set_attention
 from tests.architectures import model_of, tokens
+from tests.attention.tensors import LOCAL
 from tests.cache.feeding import feed, kept, left_padded
 from tests.cache.test_feeding import NEAR
 
@@ -38,7 +38,7 @@ def parallel(model, ids, prompt=PROMPT):
     return model(input_ids=ids, use_cache=False, prompt_lengths=prompt).logits
 
 
-PAIRS = [("llama", scorer) for scorer in sorted(SCORERS)]
+PAIRS = [("llama", scorer) for scorer in LOCAL]
 PAIRS += [(family, scorer) for family in ARCHITECTURES for scorer in ("lag_relative", "tova") if family != "llama"]
 
 
@@ -66,7 +66,7 @@ def test_all_forms_and_feedings_agree(family, scorer):
     assert (dense - mask_form)[:, PROMPT:].abs().max() > 0.01, "nothing was compressed"
 
 
-@pytest.mark.parametrize("scorer", sorted(SCORERS))
+@pytest.mark.parametrize("scorer", LOCAL)
 def test_kept_tokens_are_those_of_the_parallel_form(scorer, monkeypatch):
     from lrsa.attention import once
 
@@ -190,6 +190,34 @@ def test_reset_forgets_everything():
         assert cache.get_seq_length() == 0 and cache.report().slots == 0
         end = cache.prompt_length or PROMPT
         torch.testing.assert_close(feed(model, cache, ids, [end, TOKENS - end]), parallel(model, ids, end), **NEAR)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fed", [0, 1])
+def test_a_refused_input_loses_nothing(fed):
+    """Neither of the prompt, which may come again with another length, nor of what follows it."""
+    model, ids = model_of("llama", config_of()), tokens(2, TOKENS)
+    cache, untouched = make_cache(model), make_cache(model)
+    for each in (cache, untouched) if fed else ():
+        feed(model, each, ids[:, :PROMPT], PROMPT)
+    past = fed * PROMPT
+    right_pads = torch.ones((2, 30), dtype=torch.long)
+    right_pads[1, 25:] = 0
+    refused = [({"input_ids": ids[:, :7], "position_ids": torch.arange(7)[None] + 3}, "has position 3 and should")]
+    if fed:
+        refused += [({"input_ids": ids[:1, PROMPT:], "position_ids": torch.arange(40, 50)[None]}, "a batch of 1 rows")]
+    else:
+        refused += [({"input_ids": ids[:, :30], "attention_mask": right_pads}, "takes pads on its left alone")]
+    for given, message in refused:
+        with pytest.raises(ValueError, match=message):
+            model(past_key_values=cache, **given)
+    other = model_of("llama", config_of("keydiff"))
+    with pytest.raises(ValueError, match=r"the cache was made for .*scorer='tova'.* attends with .*scorer='keydiff'"):
+        prefill(other, ids[:, past : past + 5], cache)
+    blocks = [10] if fed else [PROMPT, 10]
+    found, expected = (feed(model, each, ids[:, past:], blocks) for each in (cache, untouched))
+    assert torch.equal(found, expected) and kept(cache) == kept(untouched)
+    torch.testing.assert_close(found, parallel(model, ids)[:, past:], **NEAR)
 
 
 def test_what_it_refuses():

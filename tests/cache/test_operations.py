@@ -22,6 +22,18 @@ def model():
     return model_of("llama", config_of("tova"))
 
 
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [({"scorer": "oracle"}, "scorer='oracle' ranks"), ({"scorer": "tova", "budget": "adaptive"}, "budget='adaptive'")],
+)
+def test_what_the_mask_form_alone_computes_is_refused(options, reason):
+    model = model_of("llama", SparseAttentionConfig(sink_size=3, lag_size=LAG, **options))
+    with pytest.raises(ValueError, match=rf"SparseKVCache cannot hold this: {reason}.*mode=score.*set_attention"):
+        make_cache(model)
+    with pytest.raises(ValueError, match=r"make_cache|prompt_lengths="):
+        model.generate(tokens(1, 40), max_new_tokens=2)
+
+
 def test_crop_takes_back_what_is_not_compressed(model):
     ids = tokens(2, TOKENS)
     cache = make_cache(model)
@@ -201,27 +213,25 @@ def test_an_ordinary_cache_is_refused_by_a_sparse_model(model, make):
             model(input_ids=ids[:, start : start + 9], past_key_values=cache, use_cache=True)
 
 
-def test_wrong_masks_positions_and_batches_are_refused(model):
-    ids = tokens(2, 30)
-    cache = make_cache(model)
-    feed(model, cache, ids, 30)
+def test_wrong_masks_positions_and_batches_are_refused_and_lose_nothing(model):
+    ids = tokens(2, 31)
+    cache, untouched = make_cache(model), make_cache(model)
+    for each in (cache, untouched):
+        feed(model, each, ids[:, :30], 30)
+    lying = torch.ones(2, 31)
+    lying[0, 3] = 0
+    one = torch.tensor([[30]])
     with torch.no_grad():
-        with pytest.raises(ValueError, match=r"\[B, columns\] = \(2, 31\)"):
-            model(input_ids=ids[:, :1], attention_mask=torch.ones(2, 5), past_key_values=cache)
-        cache.reset()
-        feed(model, cache, ids, 30)
-        lying = torch.ones(2, 31)
-        lying[0, 3] = 0
-        with pytest.raises(ValueError, match="past columns"):
-            model(input_ids=ids[:, :1], attention_mask=lying, past_key_values=cache)
-        cache.reset()
-        feed(model, cache, ids, 30)
-        with pytest.raises(ValueError, match="new token 0 has position 0 and should have 30"):
-            model(input_ids=ids[:, :1], position_ids=torch.tensor([[0]]), past_key_values=cache)
-        cache.reset()
-        feed(model, cache, ids, 30)
-        with pytest.raises(ValueError, match="a batch of 1 rows for a cache that holds 2"):
-            model(input_ids=ids[:1, :1], position_ids=torch.tensor([[30]]), past_key_values=cache)
+        for given, message in (
+            ({"attention_mask": torch.ones(2, 5)}, r"\[B, columns\] = \(2, 31\)"),
+            ({"attention_mask": lying}, "past columns"),
+            ({"position_ids": torch.tensor([[0]])}, "new token 0 has position 0 and should have 30"),
+            ({"input_ids": ids[:1, :1], "position_ids": one}, "a batch of 1 rows for a cache that holds 2"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                model(**{"input_ids": ids[:, 30:], "past_key_values": cache} | given)
+        found, expected = (model(input_ids=ids[:, 30:], past_key_values=each).logits for each in (cache, untouched))
+    assert torch.equal(found, expected)
 
 
 def test_left_pads_without_position_ids_are_noticed(model):

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from lrsa.attention import SparseAttentionConfig
-from lrsa.attention.scorers import SCORERS
 from lrsa.models import load_model, load_tokenizer, make_cache, set_attention
+from tests.attention.tensors import LOCAL
 from tests.cache.feeding import feed, kept, parallel
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -30,7 +30,7 @@ def smollm2(repository):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("chunk", [LAG, 2 * LAG, 3 * LAG + 1], ids=["C=L", "C=2L", "C=3L+1"])
-@pytest.mark.parametrize("scorer", SCORERS)
+@pytest.mark.parametrize("scorer", LOCAL)
 def test_all_forms_and_feedings_agree(smollm2, scorer, chunk):
     model, ids = smollm2
     config = SparseAttentionConfig(

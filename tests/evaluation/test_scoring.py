@@ -42,11 +42,14 @@ def grow_prompts(
 ) -> list[tuple[list[int], float]]:
     """By hand, a position at a time: (arg-max tokens, NLL a token) of each answer, the reference fed back."""
     set_attention(model, attention)
+    ahead = attention is not None and attention.build_scorer().reads_future
+    given = {"prompt_lengths": sample.answer_spans[0][0]} if ahead else {}
     answers = []
     for start, stop in sample.answer_spans:
         predicted, total = [], 0.0
         for position in range(start, stop):
-            logits = model(torch.tensor([sample.input_ids[:position]]), use_cache=False).logits[0, -1]
+            ids = torch.tensor([sample.input_ids[:position]])
+            logits = model(ids, use_cache=False, **given).logits[0, -1]
             predicted.append(int(logits.argmax()))
             total -= float(logits.log_softmax(-1)[sample.input_ids[position]])
         answers.append((predicted, total / (stop - start)))
@@ -55,7 +58,17 @@ def grow_prompts(
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-@pytest.mark.parametrize("attention", [None, SPARSE, replace(SPARSE, scorer="tova")], ids=["dense", "lag", "tova"])
+@pytest.mark.parametrize(
+    "attention",
+    [
+        None,
+        SPARSE,
+        replace(SPARSE, scorer="tova"),
+        replace(SPARSE, scorer="h2o", budget="adaptive"),
+        replace(SPARSE, scorer="oracle"),
+    ],
+    ids=["dense", "lag", "tova", "adaptive", "oracle"],
+)
 def test_one_pass_equals_growing_the_prompt(
     attention: SparseAttentionConfig | None, batch_size: int, model: PreTrainedModel
 ) -> None:
@@ -66,8 +79,8 @@ def test_one_pass_equals_growing_the_prompt(
         tokens = list(sample.input_ids)
         ((start, stop),) = sample.answer_spans
         for position in range(start, stop):
-            grown = replace(sample, input_ids=tokens, answer_spans=[(position, position + 1)])
-            tokens[position] = grow_prompts(model, grown, attention)[0][0][0]
+            grown = replace(sample, input_ids=tokens, answer_spans=[(start, position + 1)])
+            tokens[position] = grow_prompts(model, grown, attention)[0][0][-1]
         said.append(replace(sample, id=f"{sample.id}-said", input_ids=tokens))
     samples = [*SAMPLES, *said]
     outcomes = iter(score(model, samples, attention, batch_size=batch_size, pad_id=0, task="t", compression=4))

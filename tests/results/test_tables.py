@@ -197,6 +197,20 @@ def test_cells_that_contradict_their_outcomes_are_refused(make_run: MakeRun) -> 
         build_table([Record.load(record.path)], **FAST)
 
 
+def test_each_arm_may_have_its_own_reference(make_run: MakeRun) -> None:
+    records = [make_run("a", LRSA), make_run("dense_a", DENSE), make_run("b", DENSE), make_run("dense_b", DENSE)]
+    pairs = {"a": "dense_a", "b": "dense_b"}
+    names = {"a": "A", "dense_a": "Dense under A"}
+    table = build_table(records, reference=pairs, names=names, **FAST)
+    assert {(row.arm, row.reference) for row in table.differences} == set(pairs.items())
+    single = build_table(records[:2], reference="dense_a", **FAST)
+    assert [row.cells for row in table.differences if row.arm == "a"] == [row.cells for row in single.differences]
+    assert "| A − Dense under A |" in to_markdown(table) and "A $-$ Dense under A" in to_latex(table)
+    assert "Difference, points" in to_markdown(table)
+    with pytest.raises(ValueError, match="reference arm 'dense_c' is not among"):
+        build_table(records, reference={"a": "dense_c"}, **FAST)
+
+
 def test_unknown_reference_and_empty_selection(make_run: MakeRun) -> None:
     record = make_run("dense", DENSE)
     with pytest.raises(ValueError, match="reference arm 'x' is not among the table's arms: dense"):

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from lrsa.attention.scorers.base import Partitions, Scorer
+from lrsa.attention.scorers.base import Partitions, Prompt, Scorer
 from lrsa.attention.scorers.expected_attention import ExpectedAttention
 from lrsa.attention.scorers.h2o import H2O
 from lrsa.attention.scorers.key_norm import KeyNorm
 from lrsa.attention.scorers.keydiff import KeyDiff
 from lrsa.attention.scorers.lag_relative import LagRelative
+from lrsa.attention.scorers.oracle import Oracle
 from lrsa.attention.scorers.random import Random
 from lrsa.attention.scorers.recency import Recency
 from lrsa.attention.scorers.snapkv import SnapKV
@@ -25,6 +26,7 @@ SCORERS: dict[str, type[Scorer]] = {
     "key_norm": KeyNorm,
     "keydiff": KeyDiff,
     "lag_relative": LagRelative,
+    "oracle": Oracle,
     "random": Random,
     "recency": Recency,
     "snapkv": SnapKV,
@@ -50,4 +52,4 @@ def build_scorer(name: str, args: Mapping[str, Any]) -> Scorer:
     return scorer(**args)
 
 
-__all__ = ["SCORERS", "Partitions", "Scorer", "build_scorer"]
+__all__ = ["SCORERS", "Partitions", "Prompt", "Scorer", "build_scorer"]

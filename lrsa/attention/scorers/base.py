@@ -11,6 +11,21 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class Prompt:
+    """The whole document, for a rule that looks ahead; letters as in `Partitions`, T tokens.
+
+    Attributes:
+        query: ``[B, H, G, T, D]``.
+        key: ``[B, H, T, D]``, after RoPE.
+        lengths: ``[B]`` int64, n: the prompt is the document's first n tokens, its answer the others.
+    """
+
+    query: Tensor
+    key: Tensor
+    lengths: Tensor
+
+
+@dataclass(frozen=True)
 class Partitions:
     """P partitions and, for each, what comes after it: its lag. B batch, H key/value heads, G query heads a KV head.
 
@@ -25,6 +40,7 @@ class Partitions:
         layer_idx: the layer's index.
         scale: of the attention logits, 1/sqrt(D) unless the model says otherwise.
         kept: K, tokens of each partition that will be kept.
+        prompt: the whole document; None unless the scorer ``reads_future``.
     """
 
     key: Tensor
@@ -36,6 +52,7 @@ class Partitions:
     layer_idx: int
     scale: float
     kept: int
+    prompt: Prompt | None = None
 
 
 @dataclass(frozen=True)
@@ -45,9 +62,16 @@ class Scorer(ABC):
     So, chunked, a token's fate is settled L to 2L tokens after it was read, and training, prefill and decode agree on
     it.
     Scores carry no gradient. A subclass's dataclass fields are its ``scorer_args``.
+
+    A subclass says what it is:
+        reads_query: it needs the lag's queries.
+        reads_future: it is given ``Partitions.prompt`` and looks beyond the lag: mask form and evaluation alone.
+        comparable: a score means the same in every head of a layer, so that heads may share a budget by it.
     """
 
     reads_query: ClassVar[bool] = False
+    reads_future: ClassVar[bool] = False
+    comparable: ClassVar[bool] = False
     paper: ClassVar[str] = ""
 
     @abstractmethod

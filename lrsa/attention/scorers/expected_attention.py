@@ -24,6 +24,7 @@ class ExpectedAttention(Scorer):
     epsilon: float = 0.0
     use_covariance: bool = True
     reads_query: ClassVar[bool] = True
+    comparable: ClassVar[bool] = True
     paper: ClassVar[str] = "https://arxiv.org/abs/2510.00636"
 
     def __call__(self, partitions: Partitions) -> Tensor:

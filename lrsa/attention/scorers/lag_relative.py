@@ -16,6 +16,7 @@ class LagRelative(Scorer):
     """Channel-wise deviation of keys, plus ``value_weight`` times that of values. Reads no attention weight."""
 
     value_weight: float = 1.0
+    comparable: ClassVar[bool] = True  # each softmax shares out 1 over the partition
     paper: ClassVar[str] = "https://arxiv.org/abs/2504.04704"
 
     def __call__(self, partitions: Partitions) -> Tensor:

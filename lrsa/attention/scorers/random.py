@@ -26,7 +26,8 @@ class Random(Scorer):
         head = torch.arange(heads, device=partitions.positions.device)[:, None, None]
         state = mix32(torch.full_like(head, self.seed & _LOW32))
         for part in (torch.full_like(head, partitions.layer_idx), head, partitions.positions):
-            state = mix32(state ^ mix32(part + 0x9E3779B9))
+            # 2^32 / golden ratio, less 2^32: compilers hold small positions in int32, which the constant must fit.
+            state = mix32(state ^ mix32(part + 0x9E3779B9 - (1 << 32)))
         scores = (state >> 8).float() * 2.0**-24  # [H, P, L], exact in float32
         return scores.expand(batch, *scores.shape)
 

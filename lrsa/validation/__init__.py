@@ -8,15 +8,14 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from hydra.errors import CompactHydraException
 
-from lrsa.attention import BACKENDS, SparseAttentionConfig, from_conf
-from lrsa.attention.config import ONCE
+from lrsa.attention import BACKENDS
 from lrsa.config import (
     AttentionConf,
     DataConf,
@@ -38,21 +37,14 @@ from lrsa.evaluation.errors import EvaluationInputError
 from lrsa.evaluation.peers import build_press
 from lrsa.results import RecordError
 from lrsa.training import NonFiniteLoss, find_checkpoint, micro_batches
+from lrsa.validation import attention
+from lrsa.validation.problems import ConfigError, ConfigWarning, raised
 
 PRECISIONS = ("32-true", "bf16-mixed")
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 WANDB_MODES = ("online", "offline", "disabled", "shared")
 DTYPES = ("float32", "bfloat16", "float16")
 EVAL_MODES = ("score", "generate", "lm_eval")
-
-
-class ConfigError(ValueError):
-    """One or more settings that cannot work, alone or together; the message lists them all."""
-
-
-class ConfigWarning(UserWarning):
-    """A setting that works, but hardly as meant."""
-
 
 # What the user can put right: the message says how, and where in the code it was noticed does not matter.
 BAD_INPUT = (
@@ -86,28 +78,33 @@ def check_train(conf: TrainConf) -> None:
     """Raises ConfigError listing every problem of an `lrsa-train` config; warns of what runs but looks wrong."""
     problems = [
         *_model(conf.model),
-        *_attention("attention", conf.attention),
+        *attention.problems_of("attention", conf.attention),
+        *attention.looks_ahead(conf.attention),
+        *attention.backend(conf.model, "attention", conf.attention),
+        *attention.backend(conf.model, "evaluation.attention", conf.evaluation.attention),
         *_data(conf.data),
         *_recipe(conf.recipe, conf.attention),
-        *_one_question("attention", conf.attention, conf.recipe.train, "data.parts", conf.data.parts),
+        *attention.one_question("attention", conf.attention, conf.recipe.train, "data.parts", conf.data.parts),
         *_trainer(conf.trainer),
         *_logger(conf.logger),
         *_evaluation(conf.evaluation, conf.data.length),
-        *_scored_once(conf.evaluation),
+        *attention.scored_once(conf.evaluation),
     ]
     if conf.resume is not None and not conf.recipe.train:
         problems.append(f"resume={conf.resume} continues training, but recipe.train=false: choose another recipe")
     elif conf.resume is not None:
-        problems += _raised("", lambda: find_checkpoint(conf.resume or ""))
+        problems += raised("", lambda: find_checkpoint(conf.resume or ""))
     _report(problems)
-    _warn_if_dense("attention", conf.attention, "data.length", conf.data.length, conf.recipe.compressions or [4])
-    _warn_evaluation(conf.evaluation, conf.data.length)
+    factors = conf.recipe.compressions or [4]
+    attention.warn_if_dense("attention", conf.attention, "data.length", conf.data.length, factors)
+    attention.warn_evaluation(conf.evaluation, conf.data.length)
 
 
 def check_eval(conf: EvalConf) -> None:
     """Raises ConfigError listing every problem of an `lrsa-eval` config; warns of what runs but looks wrong."""
     problems = [
         *_model(conf.model),
+        *attention.backend(conf.model, "evaluation.attention", conf.evaluation.attention),
         *_trainer(conf.trainer),
         *_logger(conf.logger),
         *_evaluation(conf.evaluation, None),
@@ -115,16 +112,18 @@ def check_eval(conf: EvalConf) -> None:
     if conf.mode not in EVAL_MODES:
         problems.append(f"mode={conf.mode!r} is unknown; choose one of {', '.join(EVAL_MODES)}")
     if conf.mode == "score":
-        problems += _scored_once(conf.evaluation)
+        problems += attention.scored_once(conf.evaluation)
+    if conf.mode in ("generate", "lm_eval"):
+        problems += attention.needs_a_cache(conf)
     if conf.mode == "generate":
         problems += _generate(conf.generate)
         problems += _peer(conf.generate, conf.evaluation)
     if conf.mode == "lm_eval":
         problems += _lm_eval(conf.lm_eval)
-        problems += _lm_eval_once(conf.evaluation)
+        problems += attention.lm_eval_once(conf.evaluation)
     _report(problems)
     if conf.mode != "lm_eval":  # whose prompts have lengths of their own
-        _warn_evaluation(conf.evaluation, None)
+        attention.warn_evaluation(conf.evaluation, None)
 
 
 def check_context_window(model_config: Any, length: int | None) -> None:
@@ -146,14 +145,6 @@ def _report(problems: Sequence[str]) -> None:
         )
 
 
-def _raised(where: str, function: Callable[[], object]) -> list[str]:
-    try:
-        function()
-    except (ValueError, FileNotFoundError) as error:
-        return [f"{where}: {error}" if where else str(error)]
-    return []
-
-
 def _model(conf: ModelConf) -> Iterator[str]:
     if conf.dtype not in DTYPES:
         yield f"model.dtype={conf.dtype!r} is unknown; choose one of {', '.join(DTYPES)}"
@@ -167,35 +158,6 @@ def _model(conf: ModelConf) -> Iterator[str]:
         yield f"model.lora.rank={conf.lora.rank}: at least 1, or model.lora=null for full weights"
 
 
-def _attention(where: str, conf: AttentionConf) -> list[str]:
-    return _raised(where, lambda: from_conf(conf))
-
-
-def _one_question(
-    where: str, conf: AttentionConf, used: bool, parts: str, examples: Mapping[str, ExamplesConf]
-) -> Iterator[str]:
-    """A row that is compressed once, at the end of its prompt, has one answer. (Conversations are found when read.)"""
-    for name, part in examples.items():
-        if used and conf.schedule == ONCE and part.questions > 1:
-            yield (
-                f"{where}.schedule={ONCE} compresses at the end of the prompt, and a row of {parts}.{name}.questions="
-                f"{part.questions} has no one end: set {parts}.{name}.questions=1, or {where}.schedule=chunked"
-            )
-
-
-def _scored_once(conf: EvaluationConf) -> Iterator[str]:
-    compressed = any(factor != 1 for factor in conf.compressions)
-    yield from _one_question("evaluation.attention", conf.attention, compressed, "evaluation.tasks", conf.tasks)
-
-
-def _lm_eval_once(conf: EvaluationConf) -> Iterator[str]:
-    if conf.attention.schedule == ONCE:
-        yield (
-            f"evaluation.attention.schedule={ONCE} does not work with mode=lm_eval, whose likelihood requests do not "
-            "say where a prompt ends: use mode=generate or mode=score, or schedule=chunked"
-        )
-
-
 def _examples(where: str, conf: ExamplesConf) -> Iterator[str]:
     if conf.source not in SOURCES:
         yield f"{where}.source={conf.source!r} is unknown; choose one of {', '.join(sorted(SOURCES))}"
@@ -203,7 +165,7 @@ def _examples(where: str, conf: ExamplesConf) -> Iterator[str]:
         source = SOURCES[conf.source]
         if source.read is not None and source.path is None and conf.path is None:
             yield f"{where}.source={conf.source} needs {where}.path: a hub name, a local folder or a file"
-        yield from _raised(where, lambda: source_args(conf))
+        yield from raised(where, lambda: source_args(conf))
     if conf.questions < 1:
         yield f"{where}.questions={conf.questions}: questions a context, at least 1"
     if conf.limit is not None and conf.limit < 1:
@@ -240,7 +202,7 @@ def _recipe(conf: RecipeConf, attention: AttentionConf) -> Iterator[str]:
     ):
         if getattr(conf, name) < least:
             yield f"recipe.{name}={getattr(conf, name)}: at least {least}"
-    yield from _raised("", lambda: micro_batches(conf.batch_size, conf.micro_batch_size))
+    yield from raised("", lambda: micro_batches(conf.batch_size, conf.micro_batch_size))
     if not conf.learning_rate > 0:
         yield f"recipe.learning_rate={conf.learning_rate}: above 0"
     elif conf.min_learning_rate > conf.learning_rate:
@@ -299,7 +261,7 @@ def _logger(conf: LoggerConf) -> Iterator[str]:
 
 
 def _evaluation(conf: EvaluationConf, length: int | None) -> Iterator[str]:
-    yield from _attention("evaluation.attention", conf.attention)
+    yield from attention.problems_of("evaluation.attention", conf.attention)
     yield from _compressions("evaluation.compressions", conf.compressions)
     if len(set(conf.compressions)) != len(conf.compressions):
         yield f"evaluation.compressions={list(conf.compressions)} repeats a value"
@@ -336,7 +298,7 @@ def _peer(conf: GenerateConf, evaluation: EvaluationConf) -> Iterator[str]:
         if args:
             yield f"generate.peer_args={args} belong to generate.peer, which is not set"
         return
-    yield from _raised("generate.peer", lambda: build_press(str(conf.peer), 2, args))
+    yield from raised("generate.peer", lambda: build_press(str(conf.peer), 2, args))
     if evaluation.batch_size != 1:
         yield f"generate.peer reads one prompt at a time: evaluation.batch_size={evaluation.batch_size} must be 1"
     if conf.block_size is not None:
@@ -362,33 +324,4 @@ def _lm_eval(conf: LMEvalConf) -> Iterator[str]:
             f"lm_eval.limit={conf.limit} takes a task's first examples, which are all of the first of "
             f"lm_eval.metadata.max_seq_lengths={list(lengths)}: leave the limit out, or run a length at a time "
             "(lrsa-eval -m 'lm_eval.metadata={max_seq_lengths: [4096]},{max_seq_lengths: [8192]}')"
-        )
-
-
-def _warn_evaluation(conf: EvaluationConf, length: int | None) -> None:
-    _warn_if_dense(
-        "evaluation.attention", conf.attention, "evaluation.length", conf.length or length or 0, conf.compressions
-    )
-
-
-def _warn_if_dense(where: str, conf: AttentionConf, name: str, length: int, factors: Sequence[float]) -> None:
-    attention: SparseAttentionConfig | None = from_conf(conf)
-    if attention is None or all(factor == 1 for factor in factors):
-        return
-    lags = 1 if conf.schedule == ONCE else 2
-    first = conf.sink_size + lags * conf.lag_size
-    if length <= first:
-        warnings.warn(
-            f"{name}={length} never compresses: {where} keeps the first sink_size + {lags} * lag_size = "
-            f"{conf.sink_size} + {lags} * {conf.lag_size} = {first} tokens, so everything is dense; lengthen the "
-            "samples or lower lag_size",
-            ConfigWarning,
-            stacklevel=4,
-        )
-    empty = [factor for factor in factors if factor > conf.lag_size and conf.schedule != ONCE]
-    if empty:
-        warnings.warn(
-            f"compressions {empty} keep nothing of a partition of {where}.lag_size={conf.lag_size} tokens",
-            ConfigWarning,
-            stacklevel=4,
         )
