@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from lrsa.attention import BACKENDS, SparseAttentionConfig, checkpoint_contexts
+from lrsa.attention.config import ONCE
 from lrsa.attention.documents import find_documents
 from lrsa.attention.huggingface import NAME, check_architecture
 from lrsa.cache import SparseKVCache
@@ -97,14 +98,17 @@ def load_tokenizer(
     return tokenizer
 
 
-def make_cache(model: nn.Module, max_tokens: int | None = None) -> Cache:
+def make_cache(model: nn.Module, max_tokens: int | None = None, prompt_length: int | None = None) -> Cache:
     """A cache for the model's attention: a `SparseKVCache`, or transformers' dynamic one for a dense model.
 
-    ``max_tokens``: most tokens a row will hold; a sparse cache then never has to grow.
+    ``max_tokens``: most tokens a row will hold; a sparse cache then never has to grow. ``prompt_length``: of schedule
+    ``prefill_once``, where the prompt is fed in blocks; see `SparseKVCache`.
     """
     attention = get_attention(model)
     config = _base(model).config
-    return DynamicCache(config=config) if attention is None else SparseKVCache(attention, config, max_tokens)
+    if attention is None:
+        return DynamicCache(config=config)
+    return SparseKVCache(attention, config, max_tokens, prompt_length)
 
 
 def build_model(conf: ModelConf, attention: SparseAttentionConfig | None) -> PreTrainedModel:
@@ -213,8 +217,6 @@ def target_logits(
     input_ids: Tensor,
     answer_mask: Tensor,
     document_ids: Tensor | None = None,
-    *,
-    prompt_lengths: Tensor | int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The logits that predict each target token, in one pass; the language-model head runs at those positions alone.
 
@@ -222,14 +224,16 @@ def target_logits(
         input_ids: ``[B, T]`` int64.
         answer_mask: bool ``[B, T]``, True at targets; a row's first token cannot be one.
         document_ids: ``[B, T]`` int64, -1 at pads; None where no row is padded or packed.
-        prompt_lengths: int64 ``[B]`` or an int, tokens of each row before its first answer, pads not counted; for an
-            attention that asks where the prompt ends, others do without.
+
+    To an attention that asks, a row's prompt ends where its first answer begins, its only one under schedule
+    ``prefill_once``; a row without one is all prompt.
 
     Returns:
         float32 logits ``[N, V]`` and int64 targets ``[N]``, N targets in row-major order.
 
     Raises:
-        ValueError: a target at a row's first token, which nothing predicts.
+        ValueError: a target at a row's first token, which nothing predicts; several answers in a row that is compressed
+            once, at the end of its prompt.
     """
     if answer_mask[:, 0].any():
         rows = answer_mask[:, 0].nonzero()[:, 0].tolist()
@@ -243,15 +247,33 @@ def target_logits(
                     f"answer_mask: row {document.row} has the first token of the document at {document.start} as a "
                     "target: what is before it belongs to another document"
                 )
+    attention = get_attention(model)
+    arguments = _document_arguments(model, document_ids)
+    if attention is not None and attention.reads_prompt_lengths:
+        if attention.schedule == ONCE:
+            _refuse_several_answers(answer_mask)
+        arguments["prompt_lengths"] = _prompt_lengths(answer_mask, document_ids)
     answer_mask = answer_mask[:, 1:]
     columns = answer_mask.any(0).nonzero()[:, 0]  # positions of which some row needs the prediction
-    attention = get_attention(model)
-    arguments: dict[str, Any] = dict(_document_arguments(model, document_ids))
-    if attention is not None and attention.build_scorer().reads_future:
-        arguments["prompt_lengths"] = prompt_lengths
     outputs = model(input_ids=input_ids, logits_to_keep=columns, use_cache=False, **arguments)
     wanted = answer_mask[:, columns]
     return outputs.logits[wanted].float(), input_ids[:, 1:][answer_mask]
+
+
+def _prompt_lengths(answer_mask: Tensor, document_ids: Tensor | None) -> Tensor:
+    """Tokens before the first answer of each row, pads not counted: int64 ``[B]``."""
+    before = answer_mask.cumsum(-1) == 0
+    return (before if document_ids is None else before & (document_ids >= 0)).sum(-1)
+
+
+def _refuse_several_answers(answer_mask: Tensor) -> None:
+    begins = answer_mask & ~torch.nn.functional.pad(answer_mask, (1, -1))
+    several = (begins.sum(-1) > 1).nonzero()[:, 0].tolist()
+    if several:
+        raise ValueError(
+            f"answer_mask: row {', '.join(map(str, several))} has several answers, but schedule={ONCE!r} compresses at "
+            "the end of the prompt, and such a row has no one end: give each question a row of its own (questions=1)"
+        )
 
 
 def _document_arguments(model: nn.Module, document_ids: Tensor | None) -> dict[str, Tensor]:

@@ -62,6 +62,7 @@ def compose_eval(*overrides: str) -> EvalConf:
 def test_every_option_composes(group: str, option: str) -> None:
     override = f"task=[{option}]" if group == "task" else f"{group}={option}"
     extra = ["recipe.compressions=[]"] if (group, option) == ("attention", "dense") else []
+    extra += ["data=demo_recall", "data.parts.needles.questions=1"] if option == "snapkv_once" else []
     extra += ["data.parts.own.path=rows.jsonl"] if (group, option) == ("data", "jsonl") else []
     conf = compose_train(override, *extra)
     if group == "task":
@@ -78,7 +79,8 @@ def test_every_option_composes(group: str, option: str) -> None:
 @pytest.mark.parametrize("option", [name for name in options("attention") if name != "dense"])
 def test_every_sparse_attention_evaluates(option: str) -> None:
     conf = compose_eval(f"attention@evaluation.attention={option}")
-    assert conf.evaluation.attention.scorer == option.removesuffix("_adaptive")
+    assert conf.evaluation.attention.scorer == option.removesuffix("_once").removesuffix("_adaptive")
+    assert (conf.evaluation.attention.schedule == "prefill_once") == option.endswith("_once")
     assert (conf.evaluation.attention.budget == "adaptive") == option.endswith("_adaptive")
     check_eval(conf)
 
@@ -249,6 +251,15 @@ def test_every_experiment_runs_on_a_tiny_model(
         (["model.gguf_file=a.gguf"], r"model\.gguf_file=a\.gguf"),
         (["data.parts.needles.weight=0"], r"all weights are 0"),
         (["data.parts.needles.limit=5"], r"data\.parts\.needles\.limit=5 bounds tasks alone"),
+        (
+            ["attention=snapkv_once"],
+            r"attention\.schedule=prefill_once .* row of data\.parts\.needles\.questions=8 has no one end: set",
+        ),
+        (
+            ["evaluation.attention.schedule=prefill_once", "evaluation.tasks.recall.questions=3"],
+            r"a row of evaluation\.tasks\.recall\.questions=3 has no one end",
+        ),
+        (["attention.schedule=prefill_once", "attention.chunk_size=8"], r"chunk_size=8 with schedule='prefill_once'"),
         (["attention=oracle"], r"attention\.scorer=oracle looks ahead .* attention@evaluation\.attention=oracle"),
         (["attention=keydiff", "attention.budget=adaptive"], r"attention: budget='adaptive' .*'keydiff'.*snapkv, tova"),
         (
@@ -274,6 +285,14 @@ def test_what_cannot_work_is_refused_with_values_and_fix(overrides: list[str], m
     [
         (["mode=lm-eval"], r"mode='lm-eval' is unknown; choose one of score, generate, lm_eval"),
         (["mode=generate", "generate.max_new_tokens=0"], r"generate\.max_new_tokens=0: tokens, at least 1, or null"),
+        (
+            ["attention@evaluation.attention=snapkv_once", "evaluation.tasks.squad.questions=2"],
+            r"row of evaluation\.tasks\.squad\.questions=2 has no one end",
+        ),
+        (
+            ["mode=lm_eval", "lm_eval.tasks=[x]", "evaluation.attention.schedule=prefill_once"],
+            r"schedule=prefill_once does not work with mode=lm_eval.*mode=generate",
+        ),
         (["mode=generate", "generate.block_size=-1"], r"generate\.block_size=-1"),
         (["mode=lm_eval"], r"lm_eval\.tasks is empty"),
         (

@@ -307,19 +307,35 @@ def test_target_logits_of_documents_equal_the_documents_alone(layout, attention)
     assert torch.equal(targets, torch.cat(wanted))
 
 
-def test_target_logits_hand_on_where_the_prompt_ends():
-    oracle = SparseAttentionConfig(scorer="oracle", sink_size=3, lag_size=8, top_k=3)
-    ids, mask = tokens(2, 90), torch.zeros(2, 90, dtype=torch.bool)
-    mask[:, 80:] = True
+@pytest.mark.parametrize("name", ["oracle", "once"])
+def test_target_logits_tell_where_the_prompt_ends(name):
+    """Of rows padded on either side, where the first answer begins; nothing to an attention that does not ask."""
+    options = {"scorer": "oracle"} if name == "oracle" else {"scorer": "tova", "schedule": "prefill_once"}
+    model = fresh(SparseAttentionConfig(sink_size=3, lag_size=8, top_k=3, **options))
+    ids, mask = tokens(3, 90), torch.zeros(3, 90, dtype=torch.bool)
+    documents = torch.zeros(3, 90, dtype=torch.int64)
+    documents[1, :20] = documents[2, 85:] = -1
+    mask[:2, 80:] = True
     with torch.no_grad():
-        found = [target_logits(fresh(oracle), ids, mask, prompt_lengths=n)[0] for n in (80, torch.tensor([80, 40]))]
-        with pytest.raises(ValueError, match=r"pass prompt_lengths=, int64 \[B\] or an int"):
-            target_logits(fresh(oracle), ids, mask)
-        for attention in (None, CONFIG):  # which do not ask
-            plain = target_logits(fresh(attention), ids, mask)[0]
-            assert torch.equal(target_logits(fresh(attention), ids, mask, prompt_lengths=80)[0], plain)
-    same = [torch.allclose(*(x.unflatten(0, (2, 10))[row] for x in found)) for row in range(2)]
-    assert same == [True, False]
+        found = target_logits(model, ids, mask, documents)[0].unflatten(0, (2, 10))
+        for row, own in enumerate((slice(90), slice(20, 90))):
+            alone = ids[row : row + 1, own]
+            told, other = (
+                model(input_ids=alone, use_cache=False, prompt_lengths=alone.shape[1] - n).logits[0, -11:-1]
+                for n in (10, 30)
+            )
+            torch.testing.assert_close(found[row], told, rtol=1e-3, atol=1e-4)
+            assert (told - other).abs().max() > 1e-2, "the length changes nothing"
+        mask[0, 70] = True
+        if name == "once":
+            with pytest.raises(ValueError, match="row 0 has several answers"):
+                target_logits(model, ids, mask, documents)
+        else:
+            expected = model(input_ids=ids[:1], use_cache=False, prompt_lengths=70).logits[0, -11:-1]
+            again = target_logits(model, ids, mask, documents)[0][1:11]
+            torch.testing.assert_close(again, expected, rtol=1e-3, atol=1e-4)
+        with pytest.raises(ValueError, match=r"prompt_lengths= with schedule='chunked'"):
+            fresh(CONFIG)(input_ids=ids, use_cache=False, prompt_lengths=70)
 
 
 def test_target_logits_train():

@@ -10,10 +10,12 @@ import logging
 import torch
 from torch import Tensor
 
-from lrsa.attention import flex, gather, reference
-from lrsa.attention.config import SparseAttentionConfig
+from lrsa.attention import flex, gather, once, reference
+from lrsa.attention.config import ONCE, SparseAttentionConfig
+from lrsa.attention.dense import attend_dense
 from lrsa.attention.documents import find_documents, per_document
 from lrsa.attention.layout import Geometry
+from lrsa.attention.prompts import lengths_of_rows, refuse_unread
 from lrsa.attention.selection import check_kept, kept_index, kept_mask, select, select_freely
 
 log = logging.getLogger(__name__)
@@ -43,12 +45,14 @@ def sparse_attention(
         kept: bool ``[B, H, T]`` as `kept_tokens` returns it, to skip the selection.
         layer_idx: read by scorers that depend on the layer, and matched against ``config.dense_layers``.
         document_ids: int ``[B, T]``, -1 for a pad; None: each row is one document. Padding and packing alike.
-        prompt_lengths: int64 ``[B]`` or an int, tokens of each row's document before its answer, pads not counted;
-            needed by scorers that look ahead in the prompt.
+        prompt_lengths: int64 ``[B]`` or an int, tokens of each row's prompt, pads not counted; a row then holds one
+            document. For a config that ``reads_prompt_lengths`` alone: schedule ``prefill_once``, which needs them, and
+            scorers that look ahead in the prompt.
         scale: of the logits; 1/sqrt(D) by default.
         backend: ``reference`` (mask form, O(T^2) memory), ``gather`` (chunked SDPA, any device), ``flex``
             (FlexAttention, CUDA), or ``auto``, which is ``reference`` for what no other can compute
-            (`SparseAttentionConfig.mask_form_only`).
+            (`SparseAttentionConfig.mask_form_only`). ``prefill_once`` has one parallel form, on PyTorch's own kernels,
+            which runs for all but ``reference``.
 
     Returns:
         ``[B, Hq, T, D]`` in ``query``'s dtype (under autocast in autocast's, as PyTorch's own attention, ``reference``
@@ -56,10 +60,14 @@ def sparse_attention(
 
     Raises:
         ValueError: shapes or dtypes that do not fit, a ``kept`` with other than K tokens in a compressed partition,
-            an unknown backend, or one that cannot run here and why.
+            an unknown backend, or one that cannot run here and why; ``prompt_lengths`` missing or not asked for.
     """
     _check(query, key, value, kept, document_ids)
+    refuse_unread(prompt_lengths, config)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if config.schedule == ONCE:
+        rows = once.find_rows(prompt_lengths, document_ids, key.shape[0], key.shape[2])
+        return _attend_once(query, key, value, config, rows, kept, layer_idx, document_ids, scale, backend)
     layer = config.for_layer(layer_idx)
     backend = choose_backend(backend, query, document_ids, layer)
     if kept is not None and layer is not None:
@@ -93,6 +101,34 @@ def sparse_attention(
     return per_document(attend, document_ids, query, key, value, kept)
 
 
+def _attend_once(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    config: SparseAttentionConfig,
+    rows: once.Rows,
+    kept: Tensor | None,
+    layer_idx: int,
+    document_ids: Tensor | None,
+    scale: float,
+    backend: str,
+) -> Tensor:
+    _check_backend(backend)
+    layer = config.for_layer(layer_idx)
+    if layer is None:
+        kept = torch.ones(key.shape[:3], dtype=torch.bool, device=key.device)
+    elif kept is None:
+        kept = once.kept_tokens(key, value, layer, rows, query=query, layer_idx=layer_idx, scale=scale)
+    else:
+        once.check_kept(kept, layer, rows)
+    if backend == "reference":
+        mask = reference.visible_once(kept, once.prompts(rows, kept), document_ids)
+        return reference.attend(query, key, value, mask, scale)
+    # After the selection, so that every backend ranks the same keys.
+    query, key, value = (_autocast(x) for x in (query, key, value))
+    return once.attend(query, key, value, kept, layer, rows, scale)
+
+
 def kept_tokens(
     key: Tensor,
     value: Tensor,
@@ -114,8 +150,15 @@ def kept_tokens(
     Raises:
         ValueError: the scorer needs queries or prompt lengths that are missing or do not fit.
     """
+    refuse_unread(prompt_lengths, config)
+    if config.schedule == ONCE:
+        rows = once.find_rows(prompt_lengths, document_ids, key.shape[0], key.shape[2])
+        layer = config.for_layer(layer_idx)
+        return once.kept_tokens(key, value, layer, rows, query=query, layer_idx=layer_idx, scale=scale)
     geometry, tokens = config.geometry, key.shape[2]
-    lengths = _prompt_lengths(prompt_lengths, key, document_ids) if config.build_scorer().reads_future else None
+    lengths = None
+    if prompt_lengths is not None:
+        lengths = lengths_of_rows(prompt_lengths, key.shape[0], document_ids, key.device)
     if document_ids is not None:
         # A row's length as a tensor of its tokens: what belongs to a document is found by them.
         of_tokens = None if lengths is None else lengths[:, None, None].expand(-1, 1, tokens)
@@ -137,14 +180,29 @@ def kept_tokens(
     return kept_mask(index, tokens, geometry, partitions)
 
 
-def visibility_mask(kept: Tensor, config: SparseAttentionConfig, *, document_ids: Tensor | None = None) -> Tensor:
+def visibility_mask(
+    kept: Tensor,
+    config: SparseAttentionConfig,
+    *,
+    document_ids: Tensor | None = None,
+    prompt_lengths: Tensor | int | None = None,
+) -> Tensor:
     """The oracle: bool ``[B, H, T, T]``, True where query i sees key j, from ``kept`` bool ``[B, H, T]``."""
+    refuse_unread(prompt_lengths, config)
+    if config.schedule == ONCE:
+        rows = once.find_rows(prompt_lengths, document_ids, kept.shape[0], kept.shape[2])
+        return reference.visible_once(kept, once.prompts(rows, kept), document_ids)
     return reference.visible(kept, config.geometry, document_ids)
 
 
 def slots(config: SparseAttentionConfig | None, tokens: int) -> int:
-    """Keys (and values) a head holds after ``tokens`` tokens; ``tokens`` for dense attention (None)."""
-    return tokens if config is None else config.geometry.slots(tokens)
+    """Keys (and values) a head holds after ``tokens`` tokens; ``tokens`` for dense attention (None).
+
+    Under schedule ``prefill_once`` after a prompt of ``tokens`` tokens; each later one adds one.
+    """
+    if config is None:
+        return tokens
+    return config.held(tokens) if config.schedule == ONCE else config.geometry.slots(tokens)
 
 
 def choose_backend(
@@ -158,8 +216,7 @@ def choose_backend(
     Raises:
         ValueError: as said.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r} is unknown: choose one of {', '.join(BACKENDS)}")
+    _check_backend(backend)
     if config is not None and config.mask_form_only:
         if backend not in ("auto", "reference"):
             raise ValueError(
@@ -177,6 +234,11 @@ def choose_backend(
     return backend
 
 
+def _check_backend(backend: str) -> None:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} is unknown: choose one of {', '.join(BACKENDS)}")
+
+
 def _not_due(document_ids: Tensor, geometry: Geometry) -> Tensor:
     """bool ``[B, T]``: tokens behind what their document compresses. A longer document beside it compresses more."""
     result = torch.zeros(document_ids.shape, dtype=torch.bool)
@@ -184,24 +246,6 @@ def _not_due(document_ids: Tensor, geometry: Geometry) -> Tensor:
         raw_start = geometry.raw_start(geometry.compressed(document.length))
         result[document.row, document.start + raw_start : document.start + document.length] = True
     return result.to(document_ids.device)
-
-
-def _prompt_lengths(given: Tensor | int | None, key: Tensor, document_ids: Tensor | None) -> Tensor | None:
-    """``[B]`` int64 on ``key``'s device."""
-    if given is None:
-        return None
-    lengths = torch.as_tensor(given, device=key.device)
-    if lengths.is_floating_point() or lengths.dtype == torch.bool or lengths.shape not in ((), key.shape[:1]):
-        raise ValueError(
-            f"prompt_lengths must be an int or int64 [B] = ({len(key)},), not {lengths.dtype} {tuple(lengths.shape)}"
-        )
-    rows = [] if document_ids is None else [document.row for document in find_documents(document_ids)]
-    if len(rows) > len(set(rows)):
-        raise ValueError(
-            "prompt_lengths has one length a row, but document_ids packs several documents into one: give each a row "
-            "of its own"
-        )
-    return lengths.long().expand(key.shape[0])
 
 
 def _check_counts(kept: Tensor, config: SparseAttentionConfig, document_ids: Tensor | None) -> None:
@@ -233,13 +277,6 @@ def attend_selected(
         return reference.attend(query, key, value, reference.visible(kept, geometry, None), scale)
     run = flex.attend if backend == "flex" else gather.attend
     return run(query, key, value, index, geometry, scale)
-
-
-def attend_dense(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Causal attention over all keys, PyTorch's own."""
-    return torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, is_causal=True, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
-    )
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, kept: Tensor | None, document_ids: Tensor | None) -> None:

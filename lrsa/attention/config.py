@@ -8,13 +8,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from lrsa.attention.layout import Geometry
+from lrsa.attention.layout import Geometry, PromptGeometry
 from lrsa.attention.scorers import SCORERS, Scorer, build_scorer
 from lrsa.config import AttentionConf
 
 BUDGETS = ("uniform", "pyramid", "adaptive")
 PYRAMID_BETA = 20  # the last layer keeps 1/20 of the mean (PyramidKV's own setting)
-SCHEDULES = ("chunked",)
+ONCE = "prefill_once"
+SCHEDULES = ("chunked", ONCE)
 DEFAULT_KEEP_RATIO = 0.25
 DENSE = "dense"  # the name of full attention among the scorers of a config
 
@@ -27,17 +28,22 @@ class SparseAttentionConfig:
         scorer: registered name of the rule that ranks the tokens of a partition.
         scorer_args: the rule's own parameters, e.g. ``{"value_weight": 1.0}`` for ``lag_relative``.
         sink_size: S, first tokens that are always kept.
-        lag_size: L, tokens a partition; a partition is scored against the one after it, its lag.
+        lag_size: L, tokens a partition; a partition is scored against the one after it, its lag. Under
+            ``prefill_once`` W, the last tokens of the prompt, which are kept and score the others.
         keep_ratio: r in (0, 1]; a compressed partition keeps ``int(r * L)`` tokens. Default 1/4 without ``top_k``.
         top_k: K in [0, L], the kept tokens as a count. At most one of ``keep_ratio`` and ``top_k``.
         chunk_size: C >= 1, tokens between two compressions; L by default, where training, prefill and decode coincide.
         dense_layers: indices of layers with full attention; negative ones count from the last layer.
         budget: how the kept tokens are shared, the same total each time: ``uniform``, ``pyramid``, linearly falling
             from the first layer to the last (PyramidKV, arXiv 2406.02069), or ``adaptive``, to the heads of a layer by
-            their scores (AdaKV, arXiv 2407.11550; mask form alone).
-        schedule: when partitions are compressed.
-        equal_bytes_at: T, for a window alone (``top_k=0``), which has no ratio: `with_compression` then widens the
-            window, ``lag_size``, to as many slots at T tokens as that compression of this ``lag_size`` would leave.
+            their scores (AdaKV, arXiv 2407.11550; mask form alone). The chunked schedule has all three.
+        schedule: ``chunked``, each partition once its lag was read, wherever the prompt ends; or ``prefill_once``, as
+            SnapKV, H2O and kvpress are published: the prompt attends densely, and at its end the p tokens between sinks
+            and lag are compressed to ``int(r * p)`` (or ``min(top_k, p)``), as one partition. What follows the prompt
+            sees these and all that came after it, and is never compressed.
+        equal_bytes_at: T, for a window alone (``top_k=0``) in chunks, which has no ratio: `with_compression` then
+            widens the window, ``lag_size``, to as many slots at T tokens as that compression of this ``lag_size`` would
+            leave.
 
     Raises:
         ValueError: a value out of range or two that contradict each other; the message names them and the fix.
@@ -76,7 +82,7 @@ class SparseAttentionConfig:
                 f"keep_ratio={self.keep_ratio} is outside (0, 1]: it is the share of a partition that stays "
                 "(1/4 for 4x compression); to keep nothing, set top_k=0"
             )
-        if self.top_k is not None and self.top_k > self.lag_size:
+        if self.schedule != ONCE and self.top_k is not None and self.top_k > self.lag_size:
             raise ValueError(
                 f"top_k={self.top_k} is more than lag_size={self.lag_size}, the tokens of a partition: "
                 f"lower top_k to at most {self.lag_size} or raise lag_size"
@@ -90,11 +96,40 @@ class SparseAttentionConfig:
             if getattr(self, name) not in valid:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose one of {', '.join(valid)}")
         scorer = self.build_scorer()  # an unknown scorer or argument fails here, before any forward
+        if self.schedule == ONCE:
+            self._check_once(scorer)
         if self.budget == "adaptive" and not scorer.comparable:
             raise ValueError(
                 f"budget='adaptive' shares tokens by comparing scores of different heads, and those of scorer="
                 f"{self.scorer!r} rank the tokens of one head alone: choose one of "
                 f"{', '.join(name for name in sorted(SCORERS) if SCORERS[name].comparable)}, or budget='uniform'"
+            )
+
+    def _check_once(self, scorer: Scorer) -> None:
+        if self.chunk_size is not None:
+            raise ValueError(
+                f"chunk_size={self.chunk_size} with schedule={ONCE!r}, which compresses once, at the prompt's end: "
+                "leave chunk_size None, or take schedule='chunked'"
+            )
+        if self.budget != "uniform":
+            reason = (
+                "each head would keep another number of tokens, where this schedule holds one for all"
+                if self.budget == "adaptive"
+                else "it shares out the tokens kept of a partition, and how many those are depends on the prompt here"
+            )
+            raise ValueError(
+                f"budget={self.budget!r} with schedule={ONCE!r}: {reason}; take budget='uniform', or schedule='chunked'"
+            )
+        if self.equal_bytes_at is not None:
+            raise ValueError(
+                f"equal_bytes_at={self.equal_bytes_at} with schedule={ONCE!r}: it widens the window of the chunked "
+                "schedule, and a keep ratio says here already what share of the prompt stays; leave equal_bytes_at "
+                "None, or take schedule='chunked'"
+            )
+        if scorer.reads_future:
+            raise ValueError(
+                f"scorer={self.scorer!r} with schedule={ONCE!r}: it ranks by the prompt's queries after the "
+                "compression, and a prompt compressed at its end has none; choose another scorer, or schedule='chunked'"
             )
 
     def __hash__(self) -> int:
@@ -107,16 +142,44 @@ class SparseAttentionConfig:
 
     @property
     def geometry(self) -> Geometry:
-        """The same parameters as plain integers: S, L, K, C."""
+        """The same parameters as plain integers: S, L, K, C.
+
+        Raises:
+            ValueError: ``prefill_once``, whose counts depend on the prompt: see `prompt`.
+        """
+        if self.schedule == ONCE:
+            raise ValueError(
+                f"schedule={ONCE!r} has no chunks: what is held depends on the prompt's length, see "
+                "config.prompt(length); what asked for chunks here works with schedule='chunked' alone"
+            )
         if self.top_k is not None:
             kept = self.top_k
         else:
-            ratio = DEFAULT_KEEP_RATIO if self.keep_ratio is None else self.keep_ratio
-            kept = int(ratio * self.lag_size + 1e-9)  # 1/49 of 49 is 1, not what floating point makes of it
+            kept = self._share(self.lag_size)
         return Geometry(sink=self.sink_size, lag=self.lag_size, kept=kept, chunk=self.chunk_size or self.lag_size)
+
+    def prompt(self, length: int) -> PromptGeometry:
+        """What schedule ``prefill_once`` makes of a prompt of ``length`` tokens."""
+        ranked = max(0, length - self.sink_size - self.lag_size)
+        kept = self._share(ranked) if self.top_k is None else min(self.top_k, ranked)
+        return PromptGeometry(length, min(self.sink_size, length), ranked, kept)
+
+    def held(self, tokens: int) -> int:
+        """Keys that a head holds after a prompt of ``tokens`` tokens, whatever the schedule."""
+        return self.prompt(tokens).held if self.schedule == ONCE else self.geometry.held(tokens)
+
+    def _share(self, tokens: int) -> int:
+        ratio = DEFAULT_KEEP_RATIO if self.keep_ratio is None else self.keep_ratio
+        return int(ratio * tokens + 1e-9)  # 1/49 of 49 is 1, not what floating point makes of it
 
     def build_scorer(self) -> Scorer:
         return build_scorer(self.scorer, self.scorer_args)
+
+    @functools.cached_property
+    def reads_prompt_lengths(self) -> bool:
+        """Whether the parallel form must be told where each row's prompt ends: `sparse_attention`'s
+        ``prompt_lengths``."""
+        return self.schedule == ONCE or self.build_scorer().reads_future
 
     @functools.cached_property
     def mask_form_only(self) -> str | None:

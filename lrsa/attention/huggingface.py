@@ -46,9 +46,10 @@ def attention(
     """transformers' attention interface: ``[B, heads, T, D]`` in, ``([B, T, Hq, D], None)`` out.
 
     ``attention_mask`` is what `mask` returned: the tokenizer's ``[B, T]``, 0 at pads, or None. Packed documents are
-    told by ``document_ids`` among the keyword arguments, or by ``position_ids`` that start anew; ``prompt_lengths`` is
-    handed on. With a `SparseKVCache` the keys are those of the newest block, and bring their cache along. A
-    sliding-window layer, which never holds more than its window, is attended as ever.
+    told by ``document_ids`` among the keyword arguments, or by ``position_ids`` that start anew; where prompts end, by
+    ``prompt_lengths`` (without a cache, for an attention that asks). With a `SparseKVCache` the keys are those of the
+    newest block, and bring their cache along. A sliding-window layer, which never holds more than its window, is
+    attended as ever.
 
     Raises:
         ValueError: something that sparse attention does not compute: another cache, dropout, soft-capping.
@@ -87,6 +88,11 @@ def attention(
         if kwargs.get("document_ids") is not None:
             raise ValueError(
                 "document_ids with a cache: a row of a cache is one document; pass attention_mask for pads"
+            )
+        if kwargs.get("prompt_lengths") is not None:
+            raise ValueError(
+                "prompt_lengths with a cache, which counts what it is fed: its first forward pass is the prompt; for a "
+                "prompt in blocks, lrsa.models.make_cache(model, prompt_length=n)"
             )
         out = attend_cached(
             query,

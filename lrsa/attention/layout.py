@@ -25,6 +25,30 @@ class Span(NamedTuple):
     partitions: int
 
 
+class PromptGeometry(NamedTuple):
+    """A prompt that schedule ``prefill_once`` compresses: ``length`` tokens, the first ``sink`` of them sinks, then
+    ``ranked`` of which ``kept`` stay, then the lag.
+
+        position   0        S                               n - W            n
+                   | sinks  | ranked: K of p stay           | lag            | what follows, never compressed
+    """
+
+    length: int
+    sink: int
+    ranked: int
+    kept: int
+
+    @property
+    def lag_start(self) -> int:
+        """First position that is kept without being ranked; what is too short for a lag has no token before it."""
+        return self.sink + self.ranked
+
+    @property
+    def held(self) -> int:
+        """Keys that a head holds of the prompt: S + K + W, or all n where nothing is ranked."""
+        return self.length - self.ranked + self.kept
+
+
 @dataclass(frozen=True)
 class Geometry:
     """S, L, K, C: tokens (``sink``, ``lag``), kept tokens a partition (``kept``), tokens a chunk (``chunk``)."""

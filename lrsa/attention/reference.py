@@ -18,19 +18,36 @@ def visible(kept: Tensor, geometry: Geometry, document_ids: Tensor | None) -> Te
 
     Query i sees key j <= i of its document iff j < S, or j >= S + n(c(i)) L, or j is kept.
     """
-    batch, _, tokens = kept.shape
-    if document_ids is None:
-        document_ids = torch.zeros((batch, tokens), dtype=torch.int64, device=kept.device)
-    position = positions(document_ids)
+    position, causal = _causal(kept, document_ids)
     first, chunk, sink, lag = geometry.first_chunk, geometry.chunk, geometry.sink, geometry.lag
     chunk_start = torch.where(position < first, 0, first + (position - first) // chunk * chunk)
     raw_start = sink + ((chunk_start - sink) // lag - 1).clamp(min=0) * lag
 
-    query, key = position[:, :, None], position[:, None, :]
-    causal = (key <= query) & (document_ids[:, :, None] == document_ids[:, None, :])
-    causal &= (document_ids != PAD)[:, None, :]
+    key = position[:, None, :]
     always = (key < sink) | (key >= raw_start[:, :, None])
     return causal[:, None] & (always[:, None] | kept[:, :, None, :])
+
+
+def visible_once(kept: Tensor, prompt_lengths: Tensor, document_ids: Tensor | None) -> Tensor:
+    """The same under schedule ``prefill_once``, with ``prompt_lengths`` int64 ``[B]``.
+
+    Query i sees key j <= i of its document iff i is in the prompt, or j is kept, as all tokens after the prompt are.
+    """
+    position, causal = _causal(kept, document_ids)
+    dense = position < prompt_lengths[:, None]
+    return causal[:, None] & (dense[:, None, :, None] | kept[:, :, None, :])
+
+
+def _causal(kept: Tensor, document_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Positions int64 ``[B, T]``, and bool ``[B, T, T]``: key j <= i of query i's document, pads left out."""
+    batch, _, tokens = kept.shape
+    if document_ids is None:
+        document_ids = torch.zeros((batch, tokens), dtype=torch.int64, device=kept.device)
+    position = positions(document_ids)
+    causal = position[:, None, :] <= position[:, :, None]
+    causal &= document_ids[:, :, None] == document_ids[:, None, :]
+    causal &= (document_ids != PAD)[:, None, :]
+    return position, causal
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lrsa.attention.config import SparseAttentionConfig
 from lrsa.attention.layout import Geometry
+from lrsa.attention.prompts import HOW_TO_TELL
 from lrsa.attention.scorers import Partitions, Prompt, Scorer
 
 SAFEGUARD = 0.2  # of K, what an adaptive budget leaves every head: AdaKV's own alpha
@@ -66,9 +67,8 @@ def select_freely(
     """
     if config.build_scorer().reads_future and prompt_lengths is None:
         raise ValueError(
-            f"scorer {config.scorer!r} ranks by the prompt's later queries and must know where the prompt ends: pass "
-            "prompt_lengths=, int64 [B] or an int, tokens of each row before its answer; to the model as well "
-            "(target_logits does, and lrsa-eval mode=score)"
+            f"scorer {config.scorer!r} ranks by the prompt's later queries and must know where the prompt ends: "
+            f"{HOW_TO_TELL}"
         )
     key, value, query, scale = _inputs(key, value, query, config, scale)
     return torch.ops.lrsa.select_freely(
@@ -104,9 +104,14 @@ def _select(
     score = _compiled() if key.is_cuda and torch.is_grad_enabled() else _score
     with torch.autocast(key.device.type, enabled=False):  # scores are float32 whatever the model computes in
         scores = score(scorer, key, value, query, geometry, partitions, first, origin, layer_idx, scale)
-    kept = _highest(scores, geometry.kept).sort(dim=-1).values
+    kept = best(scores, geometry.kept)
     starts = torch.arange(first, first + partitions, device=key.device) * geometry.lag + geometry.sink
     return (kept + starts[:, None]).flatten(-2)
+
+
+def best(scores: Tensor, count: int) -> Tensor:
+    """Indices of the ``count`` highest of ``[..., L]``, ascending: ``[..., count]`` int64."""
+    return _highest(scores, count).sort(dim=-1).values
 
 
 def _select_shape(
@@ -306,7 +311,8 @@ def checkpoint_contexts():
     from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
     def policy(ctx, op, *args, **kwargs):
-        saved = op in (torch.ops.lrsa.select.default, torch.ops.lrsa.select_freely.default)
+        operators = torch.ops.lrsa.select, torch.ops.lrsa.select_freely, torch.ops.lrsa.select_once
+        saved = op in [operator.default for operator in operators]
         return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
 
     return create_selective_checkpoint_contexts(policy)

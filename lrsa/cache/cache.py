@@ -22,10 +22,13 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
 from lrsa.attention import SparseAttentionConfig
+from lrsa.attention.config import ONCE
 from lrsa.attention.huggingface import CACHE_ATTEND
-from lrsa.cache.checks import check_model, check_positions, last_compression
+from lrsa.cache import checks
+from lrsa.cache.base import AttendingLayer
 from lrsa.cache.layer import SparseLayer
-from lrsa.cache.report import CacheReport, LayerReport
+from lrsa.cache.once import OnceLayer
+from lrsa.cache.report import CacheReport, layer_report
 from lrsa.cache.static import StaticRows
 from lrsa.cache.step import Step
 
@@ -38,6 +41,10 @@ class SparseKVCache(Cache):
         model_config: of the model; sliding-window layers get transformers' own cache layers, ``dense_layers`` keep all.
         max_tokens: most tokens a row will ever hold, prompt and answer. Storage is then made once; without, it grows by
             half when full, which copies it.
+        prompt_length: of schedule ``prefill_once``, columns of the prompt, pads included: compression comes when they
+            were read. None: the first forward pass is the prompt, as in `generate` (whose own prefill_chunk_size
+            would make several of it: give the length then). Pads are on the left. What follows is never compressed: a
+            later turn's prompt is appended as it is, as these rules are published.
 
     Raises:
         ValueError: a model that does not attend through lrsa, or whose attention is another one.
@@ -46,30 +53,37 @@ class SparseKVCache(Cache):
     """
 
     def __init__(
-        self, config: SparseAttentionConfig, model_config: PreTrainedConfig, max_tokens: int | None = None
+        self,
+        config: SparseAttentionConfig,
+        model_config: PreTrainedConfig,
+        max_tokens: int | None = None,
+        prompt_length: int | None = None,
     ) -> None:
         text_config: Any = model_config.get_text_config(decoder=True)
-        check_model(config, text_config)
+        checks.check_model(config, text_config)
+        checks.check_prompt_length(config, prompt_length)
         if max_tokens is not None and max_tokens < 1:
             raise ValueError(f"max_tokens={max_tokens}: give a positive number of tokens, or None")
         depth = text_config.num_hidden_layers
         kinds = getattr(text_config, "layer_types", None) or ["full_attention"] * depth
         resolved = config.resolved(depth)
+        kind_of_layer = OnceLayer if config.schedule == ONCE else SparseLayer
         layers: list[Any] = [
             DynamicSlidingWindowLayer(sliding_window=text_config.sliding_window)
             if kind == "sliding_attention"
-            else SparseLayer(resolved.for_layer(index, depth), index, max_tokens)
+            else kind_of_layer(resolved.for_layer(index, depth), index, max_tokens)
             for index, kind in enumerate(kinds)
         ]
         super().__init__(layers=layers)
-        self.config, self.max_tokens = resolved, max_tokens
-        self._sparse = [layer for layer in layers if isinstance(layer, SparseLayer)]
+        self.config, self.max_tokens, self.prompt_length = resolved, max_tokens, prompt_length
+        self._sparse = [layer for layer in layers if isinstance(layer, AttendingLayer)]
         self._clear()
 
     def _clear(self) -> None:
         self.lengths: tuple[int, ...] = ()  # tokens read, a row each, pads not counted
         self.columns = 0  # fed, pads included
         self._real = torch.ones((0, 0), dtype=torch.bool)  # [B, columns] on the CPU: which of them were tokens
+        self._prompt_end = self.prompt_length  # in columns; None: not known yet, or of no interest
         self._step: Step | None = None
         self._pending: int | None = None  # layer whose keys are on their way to the attention function
         self._advancing = False  # between two static steps
@@ -90,7 +104,7 @@ class SparseKVCache(Cache):
         """
         layer = self.layers[layer_idx]
         self._refuse_if_interrupted(layer_idx)
-        if not isinstance(layer, SparseLayer):
+        if not isinstance(layer, AttendingLayer):
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
             raise ValueError(
@@ -127,7 +141,7 @@ class SparseKVCache(Cache):
 
     def _attend(
         self,
-        layer: SparseLayer,
+        layer: AttendingLayer,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -138,17 +152,18 @@ class SparseKVCache(Cache):
         scale: float,
         backend: str,
     ) -> Tensor:
-        """See `SparseLayer.attend`. ``attention_mask [B, columns]`` as the tokenizer makes it, 0 at pads."""
+        """See `AttendingLayer.attend`. ``attention_mask [B, columns]`` as the tokenizer makes it, 0 at pads."""
         if self._step is None and self._static is None:
             try:
-                self._check_config(config)
+                checks.check_config(config, self.config)
                 self._step = self._begin(query, attention_mask, position_ids)
             except ValueError:
                 if layer is self.layers[0]:  # nothing was written anywhere: the caller may correct it and go on
                     self._pending = None
+                    self._prompt_end = self._prompt_end if self.columns else self.prompt_length
                 raise
         else:
-            self._check_config(config)
+            checks.check_config(config, self.config)
         if self._static is not None:
             out = self._attend_static(layer, query, key, value, scale)
         else:
@@ -162,13 +177,6 @@ class SparseKVCache(Cache):
         self._pending = None
         return out
 
-    def _check_config(self, config: SparseAttentionConfig) -> None:
-        if config != self.config:
-            raise ValueError(
-                f"the cache was made for {self.config}, the model attends with {config}: make it with "
-                "SparseKVCache(get_attention(model), model.config), or set_attention(model, ...) to the cache's"
-            )
-
     def _begin(self, query: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> Step:
         batch, _, tokens, _ = query.shape
         before = self.lengths or (0,) * batch
@@ -178,11 +186,28 @@ class SparseKVCache(Cache):
         real = None
         if attention_mask is not None:
             real = self._new_columns(attention_mask, batch, tokens)
-        step = Step(before, tokens, None if real is None or bool(real.all()) else real)
+        step = Step(before, tokens, None if real is None or bool(real.all()) else real, *self._place(real, tokens))
         if position_ids is not None and (self._verify or tokens > 1 or position_ids.device.type == "cpu"):
-            check_positions(step, position_ids)
+            checks.check_positions(step, position_ids)
             self._verify = tokens > 1
         return step
+
+    def _place(self, real: Tensor | None, tokens: int) -> tuple[bool, bool]:
+        """Whether the new columns are of a prompt that is to be compressed once, and whether they end it."""
+        if self.config.schedule != ONCE:
+            return False, False
+        if self._prompt_end is None:
+            self.expect_prompt(tokens)
+        assert self._prompt_end is not None
+        fed = None if real is None else torch.cat([self._history(len(real)), real], 1)
+        checks.check_prompt_block(self.columns, tokens, self._prompt_end, fed)
+        return self.columns < self._prompt_end, self.columns + tokens == self._prompt_end
+
+    def expect_prompt(self, columns: int) -> None:
+        """The ``columns`` to come are the prompt, in however many forward passes; ``prompt_length``, if it was given,
+        knows better. `lrsa.cache.prefill` says so; without effect once something was fed, and on other schedules."""
+        if self.prompt_length is None and not self.columns:
+            self._prompt_end = columns
 
     def _refuse_if_sliding_layers_differ(self) -> None:
         """Those before the first sparse layer have taken in the new block already, later ones have not."""
@@ -231,13 +256,18 @@ class SparseKVCache(Cache):
         Raises:
             ValueError: nothing was fed yet, or ``max_tokens`` is not known, without which storage would move.
         """
+        if self.config.schedule == ONCE:
+            raise ValueError(
+                f"static decoding is not there for schedule={ONCE!r}, whose storage grows with each token: decode with "
+                "generate or forward passes, or take schedule='chunked'"
+            )
         if not self.lengths or self.max_tokens is None:
             what = "feed the prompt first" if not self.lengths else "make the cache with max_tokens="
             raise ValueError(f"static decoding needs a cache whose storage is settled: {what}")
         self._refuse_if_interrupted(-1)
         if len(self._sparse) != len(self.layers):
             raise ValueError("static decoding needs full-attention layers alone: this model has sliding-window ones")
-        self._static = StaticRows(self._sparse, self.lengths)
+        self._static = StaticRows([x for x in self._sparse if isinstance(x, SparseLayer)], self.lengths)
 
     def end_static(self) -> None:
         """Back to ordinary use."""
@@ -252,14 +282,15 @@ class SparseKVCache(Cache):
             raise ValueError(f"a row comes to {max(step.after)} tokens, more than max_tokens={self.max_tokens}")
         self._advancing = True  # an exception from here on leaves it so, and the cache refuses further use
         for layer in self._sparse:
+            assert isinstance(layer, SparseLayer)
             layer.compress_due(step, self._scale)
             layer.columns += 1
         self._commit(step)
         self._advancing = False
         self._static.follow(step)
 
-    def _attend_static(self, layer: SparseLayer, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        assert self._static is not None
+    def _attend_static(self, layer: AttendingLayer, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        assert self._static is not None and isinstance(layer, SparseLayer)
         if query.shape[2] != 1:
             raise ValueError(f"{query.shape[2]} tokens a row in static decoding, which takes one: end_static() first")
         return layer.decode(self._static.slots(layer), query, key, value, scale)
@@ -269,28 +300,13 @@ class SparseKVCache(Cache):
     def report(self) -> CacheReport:
         """Slots and bytes of each layer as held now, beside those of a dense cache."""
         lengths = self.lengths or (0,)
-        return CacheReport(lengths, tuple(self._layer_report(layer, lengths) for layer in self.layers))
-
-    def _layer_report(self, layer: Any, lengths: tuple[int, ...]) -> LayerReport:
-        if layer.keys is None:
-            return LayerReport("sparse" if getattr(layer, "config", None) else "dense", 0.0, 0, 0, 0)
-        slot_bytes = 2 * layer.keys.shape[1] * layer.keys.shape[3] * layer.keys.element_size()
-        dense = slot_bytes * sum(lengths)
-        if not isinstance(layer, SparseLayer):
-            held = layer.keys.shape[2]
-            return LayerReport("sliding", held, slot_bytes * held * len(lengths), 0, dense)
-        slots = [layer.geometry.held(t) for t in lengths]
-        stores = [layer.keys, layer.values, layer.queries, layer.kept_positions]
-        allocated = sum(x.numel() * x.element_size() for x in stores if x is not None)
-        kind = "dense" if layer.config is None else "sparse"
-        held_bytes = slot_bytes * sum(slots)
-        return LayerReport(kind, sum(slots) / len(slots), held_bytes, allocated - held_bytes, dense)
+        return CacheReport(lengths, tuple(layer_report(layer, lengths) for layer in self.layers))
 
     def kept(self, layer_idx: int) -> list[Tensor]:
         """Original positions that each head holds once all that is due is compressed: a row each, int64 ``[H, slots]``,
         ascending; what `lrsa.attention.kept_tokens` marks."""
         layer = self.layers[layer_idx]
-        if not isinstance(layer, SparseLayer):
+        if not isinstance(layer, AttendingLayer):
             raise ValueError(f"layer {layer_idx} is a sliding-window layer, which lrsa leaves as it is")
         return [layer.kept(row, tokens, self._scale) for row, tokens in enumerate(self.lengths)]
 
@@ -299,10 +315,7 @@ class SparseKVCache(Cache):
     def reset(self) -> None:
         """Forget everything, a wrong state included; the storage stays."""
         for layer in self.layers:
-            if isinstance(layer, SparseLayer):
-                layer.columns = 0
-            else:
-                layer.reset()
+            layer.reset()
         self._clear()
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -310,7 +323,7 @@ class SparseKVCache(Cache):
 
         Raises:
             ValueError: some row's removed tokens have let a partition be compressed: the tokens that were dropped then
-                are gone. Nothing is changed.
+                are gone; or they are of a prompt that is compressed once. Nothing is changed.
         """
         self._refuse_if_interrupted(-1)
         remove = max(0, self.columns - tokens_to_remove) if tokens_to_remove > 0 else -tokens_to_remove
@@ -320,17 +333,13 @@ class SparseKVCache(Cache):
             raise ValueError(f"crop({tokens_to_remove}): the cache holds {self.columns} columns")
         history = self._history(len(self.lengths))[:, : self.columns - remove]
         lengths = tuple(history.sum(-1).tolist())
-        geometry = self.config.geometry
-        for row, (now, then) in enumerate(zip(self.lengths, lengths, strict=True)):
-            if geometry.held_partitions(then) != geometry.held_partitions(now) and self._compresses:
-                raise ValueError(
-                    f"crop({tokens_to_remove}) takes row {row} from {now} to {then} tokens, into compressed history: "
-                    f"at most {now - last_compression(geometry, now)} tokens can be taken back here. Feed "
-                    "the shorter prompt to a new cache, or copy the cache (copy.deepcopy) before going on"
-                )
+        if self._compresses and self.config.schedule == ONCE:
+            checks.check_crop_once(self.columns - remove, self._prompt_end or 0)
+        elif self._compresses:
+            checks.check_crop(self.config.geometry, self.lengths, lengths)
         for layer in self.layers:
-            if isinstance(layer, SparseLayer):
-                layer.columns -= remove
+            if isinstance(layer, AttendingLayer):
+                layer.take_back(remove)
             else:
                 layer.crop(-remove)
         self._real = history if self._real.shape[0] else self._real
@@ -371,7 +380,7 @@ class SparseKVCache(Cache):
             return
         rows = index.cpu().nonzero()[:, 0] if index.dtype == torch.bool else index.cpu()
         for layer in self.layers:
-            if isinstance(layer, SparseLayer):
+            if isinstance(layer, AttendingLayer):
                 layer.select_rows(rows)
             else:
                 layer.batch_select_indices(rows.to(layer.keys.device))

@@ -12,37 +12,34 @@ and the ring's slots are written over in time. A query-based scorer has a ring f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
 
 from lrsa.attention import SparseAttentionConfig, decode
-from lrsa.attention.api import attend_dense, attend_selected, choose_backend
+from lrsa.attention.api import attend_selected, choose_backend
+from lrsa.attention.dense import attend_dense
 from lrsa.attention.gather import attend_block
 from lrsa.attention.selection import select
+from lrsa.cache.base import AttendingLayer
 from lrsa.cache.step import DENSE, Group, Slots, Step, region_size, ring_size
 
 Rows = slice | Tensor
 GROWTH = 1.5  # of the storage where `max_tokens` was not given: each growth copies it once
 
 
-class SparseLayer(CacheLayerMixin):
-    """Storage and arithmetic of one layer; `SparseKVCache` knows what was read. ``config`` None: a dense layer."""
+class SparseLayer(AttendingLayer):
+    """A layer under the chunked schedule."""
 
-    keys: Tensor | None
-    values: Tensor | None
-    is_sliding = False
-    is_croppable = False  # not into compressed history
+    stored = ("keys", "values", "queries", "kept_positions")
 
     def __init__(self, config: SparseAttentionConfig | None, layer_idx: int, max_tokens: int | None) -> None:
-        super().__init__()
-        self.config, self.layer_idx, self.max_tokens = config, layer_idx, max_tokens
+        super().__init__(config, layer_idx, max_tokens)
         self.geometry = DENSE if config is None else config.geometry
         self.ring = ring_size(self.geometry)
-        self.reads_query = config is not None and config.build_scorer().reads_query
         self.queries: Tensor | None = None  # [B, Hq, W + S, D]
         self.kept_positions: Tensor | None = None  # int32 [B, H, spare and all], of the slots after the sinks
-        self.columns = 0  # fed so far, pads included; transformers asks each layer
         self.capacity = 0  # slots after the ring
 
     # ---- storage
@@ -50,9 +47,6 @@ class SparseLayer(CacheLayerMixin):
     @property
     def _stores(self) -> list[Tensor]:
         return [x for x in (self.keys, self.values, self.queries) if x is not None]
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """transformers' early initialisation; storage is made with the first block, when its length is known."""
 
     def reserve(self, query: Tensor, key: Tensor, before: tuple[int, ...], after: tuple[int, ...]) -> None:
         """Make or grow the storage for rows that come to ``after`` tokens.
@@ -103,8 +97,6 @@ class SparseLayer(CacheLayerMixin):
     # ---- attention
 
     def attend(self, step: Step, query: Tensor, key: Tensor, value: Tensor, scale: float, backend: str) -> Tensor:
-        """Attend ``step``'s queries ``[B, Hq, T, D]`` to the past and to ``key``/``value`` ``[B, H, T, D]``, and take
-        those in. Zeros at pads."""
         self.reserve(query, key, step.before, step.after)
         if step.single:
             filled = max(region_size(self.geometry, t + 1) for t in step.before)
@@ -170,11 +162,11 @@ class SparseLayer(CacheLayerMixin):
             index = self._select(raw, n0, n1, origin, scale)
             self._write_kept(rows, [_pick(x, index - origin) for x in raw[:2]], index, n0, n1)
 
-    def kept(self, row: int, tokens: int, scale: float) -> Tensor:
-        """Positions that row ``row``, ``tokens`` read, holds once all that is due is compressed: int64 ``[H, slots]``.
+    def held(self, lengths: Sequence[int]) -> list[int]:
+        return [self.geometry.held(t) for t in lengths]
 
-        What `lrsa.attention.kept_tokens` says; where C = L, what is held.
-        """
+    def kept(self, row: int, tokens: int, scale: float) -> Tensor:
+        """What `lrsa.attention.kept_tokens` says; where C = L, what is held."""
         geometry = self.geometry
         n0, n1 = geometry.held_partitions(tokens), geometry.compressed(tokens)
         rows = torch.tensor([row], device=self._stores[0].device)
@@ -254,37 +246,6 @@ class SparseLayer(CacheLayerMixin):
             store[rows, :, begin + first : begin + last] = new
         assert self.kept_positions is not None
         self.kept_positions[rows, :, first:last] = index.to(torch.int32)
-
-    # ---- what transformers asks of a layer
-
-    @property
-    def batch_size(self) -> int:
-        return -1 if self.keys is None else self.keys.shape[0]
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
-        raise TypeError("a layer of SparseKVCache is updated by its cache: pass the SparseKVCache to the model")
-
-    def get_seq_length(self) -> int:
-        return self.columns
-
-    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
-        """Columns with the new ones, and no offset; 5.2 passes cache positions, later versions a length."""
-        new = query_length.shape[0] if isinstance(query_length, Tensor) else query_length
-        return self.columns + new, 0
-
-    def get_max_length(self) -> int:
-        return -1
-
-    get_max_cache_shape = get_max_length  # its name in 5.2
-
-    def select_rows(self, index: Tensor) -> None:
-        """Rows ``index`` int64 ``[B']`` of all that is stored."""
-        for name in ("keys", "values", "queries", "kept_positions"):
-            x = getattr(self, name)
-            if x is not None:
-                setattr(self, name, x.index_select(0, index.to(x.device)))
 
 
 def _pick(x: Tensor, index: Tensor) -> Tensor:

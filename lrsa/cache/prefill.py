@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lrsa.cache.cache import SparseKVCache
+
 
 @torch.no_grad()
 def prefill(
@@ -19,7 +21,8 @@ def prefill(
     """Feed ``input_ids [B, T]`` to ``cache``, which may hold something; logits ``[B, V]`` after the last column.
 
     Args:
-        cache: a `SparseKVCache`, or any cache of transformers.
+        cache: a `SparseKVCache`, or any cache of transformers. One that compresses once and is empty takes all of
+            ``input_ids`` for its prompt, unless it was made with another ``prompt_length``.
         attention_mask: ``[B, columns]``, 0 at pads, columns of the past included; None: no pads.
         block_size: columns a forward pass; None: all at once. The same comes out, with the memory of a block's
             activations instead of the whole prompt's.
@@ -33,6 +36,8 @@ def prefill(
     if block_size is not None and block_size < 1:
         raise ValueError(f"block_size={block_size}: give a number of tokens of at least 1, or None for one pass")
     past = int(cache.get_seq_length())
+    if isinstance(cache, SparseKVCache):
+        cache.expect_prompt(new)
     if attention_mask is None:
         positions = torch.arange(past, past + new, device=input_ids.device).expand(batch, -1)
         lengths = getattr(cache, "lengths", ())

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from lrsa.cache.base import AttendingLayer
+
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -20,6 +22,21 @@ class LayerReport:
     bytes: int
     buffer_bytes: int
     dense_bytes: int
+
+
+def layer_report(layer: Any, lengths: tuple[int, ...]) -> LayerReport:
+    """What ``layer``, of any kind, holds of rows that have read ``lengths`` tokens."""
+    if layer.keys is None:
+        return LayerReport("sparse" if getattr(layer, "config", None) else "dense", 0.0, 0, 0, 0)
+    slot_bytes = 2 * layer.keys.shape[1] * layer.keys.shape[3] * layer.keys.element_size()
+    dense = slot_bytes * sum(lengths)
+    if not isinstance(layer, AttendingLayer):
+        held = layer.keys.shape[2]
+        return LayerReport("sliding", held, slot_bytes * held * len(lengths), 0, dense)
+    slots = layer.held(lengths)
+    kind = "dense" if layer.config is None else "sparse"
+    held_bytes = slot_bytes * sum(slots)
+    return LayerReport(kind, sum(slots) / len(slots), held_bytes, layer.nbytes - held_bytes, dense)
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,8 @@ class Step:
     before: tuple[int, ...]
     tokens: int
     real: Tensor | None
+    in_prompt: bool = False  # of a cache that compresses once, at the end of the prompt
+    ends_prompt: bool = False
     attended: set[int] = field(default_factory=set)  # layers that are through
     _slots: dict[tuple[Geometry, torch.device, int], Slots] = field(default_factory=dict)
 

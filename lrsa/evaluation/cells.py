@@ -146,7 +146,7 @@ def measure_cache(
         if kind == "sliding_attention":
             held = [min(tokens, config.sliding_window - 1) for tokens in prompt_tokens]
         else:
-            held = [tokens if layer is None else layer.geometry.held(tokens) for tokens in prompt_tokens]
+            held = [tokens if layer is None else layer.held(tokens) for tokens in prompt_tokens]
         kept.append(sum(held) / len(held))
     length = sum(prompt_tokens) / len(prompt_tokens)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads

@@ -33,6 +33,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lrsa.attention import SparseAttentionConfig
+from lrsa.attention.config import ONCE
 from lrsa.evaluation.errors import EvaluationInputError, TruncationWarning
 from lrsa.evaluation.lm_eval_args import choose_attention, choose_dtype
 from lrsa.evaluation.measured import MeasuredCache
@@ -128,6 +129,12 @@ class LRSALM(HFLM):
                 raise EvaluationInputError(
                     f"a model that is passed keeps its attention, but {said} was given: use set_attention"
                 )
+        attending = get_attention(model)
+        if attending is not None and attending.schedule == ONCE:
+            raise EvaluationInputError(
+                f"schedule={ONCE!r} does not work here: lm-eval's likelihood requests do not say where a prompt ends; "
+                "take schedule='chunked'"
+            )
         if tokenizer is None or isinstance(tokenizer, str):
             tokenizer = load_tokenizer(tokenizer or name, gguf_file=None if tokenizer else gguf_file, revision=revision)
         with _quiet():  # its warnings are about arguments that `load_model` has used already

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from lrsa.attention import SparseAttentionConfig
+from lrsa.attention.config import ONCE
 from lrsa.data import Sample, collate
 from lrsa.models import get_attention, set_attention, target_logits
 
@@ -54,7 +55,13 @@ def score(
         precision: 32-true, or bf16-mixed for bfloat16 autocast.
         task, compression: copied into the outcomes.
         on_batch: called with (samples, tokens) after each batch.
+
+    Raises:
+        ValueError: a sample with several answers under schedule ``prefill_once``.
     """
+    if attention is not None and attention.schedule == ONCE:
+        for sample in samples:
+            _check_one_prompt(sample)
     outcomes: dict[int, list[Outcome]] = {}
     device = model.device
     # Not inference_mode: tensors that attention caches here (positions, masks) may meet a training step later.
@@ -68,7 +75,6 @@ def score(
                 batch["input_ids"].to(device),
                 batch["answer_mask"].to(device),
                 None if document_ids is None else document_ids.to(device),
-                prompt_lengths=torch.tensor([sample.answer_spans[0][0] for sample in rows], device=device),
             )
             nll = F.cross_entropy(logits, targets, reduction="none")
             # One copy from the device a batch: [2, N], N target tokens in row-major order.
@@ -90,6 +96,15 @@ def score(
             if on_batch is not None:
                 on_batch(len(rows), sum(len(sample.input_ids) for sample in rows))
     return [outcome for index in sorted(outcomes) for outcome in outcomes[index]]
+
+
+def _check_one_prompt(sample: Sample) -> None:
+    if len(sample.answer_spans) != 1:
+        raise ValueError(
+            f"sample {sample.id} has {len(sample.answer_spans)} answers, but schedule={ONCE!r} compresses at the end "
+            "of the prompt, and it has no one end: score one question a sample (questions=1), or generate the answers, "
+            "each from a prompt of its own (lrsa-eval mode=generate)"
+        )
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[object]:

@@ -10,6 +10,8 @@ from lrsa.attention import SparseAttentionConfig, checkpoint_contexts, kept_toke
 from lrsa.attention.scorers import SCORERS, Partitions, Scorer
 from tests.attention.tensors import COMPARABLE, LOCAL, packed_ids, random_inputs
 
+ONCE = {"schedule": "prefill_once"}
+
 
 @pytest.fixture
 def counting_scorer(monkeypatch):
@@ -45,16 +47,18 @@ def test_gradcheck_in_float64(chunk, ids, backend):
 
 
 @pytest.mark.parametrize(
-    ("scorer", "budget", "backend"),
-    [(scorer, "uniform", backend) for scorer in LOCAL for backend in ("reference", "gather")]
-    + [(scorer, "adaptive", "reference") for scorer in COMPARABLE if scorer in LOCAL],
+    ("scorer", "options", "backend"),
+    [(scorer, options, backend) for scorer in LOCAL for options in ({}, ONCE) for backend in ("reference", "gather")]
+    + [(scorer, {"budget": "adaptive"}, "reference") for scorer in COMPARABLE if scorer in LOCAL],
+    ids=lambda x: "".join(x.values()) or "chunked" if isinstance(x, dict) else x,
 )
-def test_checkpointing_keeps_the_selection_and_the_gradients(scorer, budget, backend, counting_scorer):
-    config = SparseAttentionConfig(scorer=scorer, sink_size=1, lag_size=8, top_k=2, budget=budget)
+def test_checkpointing_keeps_the_selection_and_the_gradients(scorer, options, backend, counting_scorer):
+    config = SparseAttentionConfig(scorer=scorer, sink_size=1, lag_size=8, top_k=2, **options)
+    told = {"prompt_lengths": 60} if config.reads_prompt_lengths else {}
     weight = torch.eye(16) + 0.1
 
     def block(q, k, v):
-        return sparse_attention(q @ weight, k @ weight, v @ weight, config, backend=backend).tanh()
+        return sparse_attention(q @ weight, k @ weight, v @ weight, config, backend=backend, **told).tanh()
 
     def gradients(run):
         leaves = [x.requires_grad_() for x in random_inputs(1, 4, 2, 80, 16)]

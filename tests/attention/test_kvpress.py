@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from lrsa.attention import SparseAttentionConfig, kept_tokens
 from lrsa.attention.layout import Geometry
 from lrsa.attention.scorers import SCORERS
 from lrsa.attention.selection import partition
@@ -52,6 +53,29 @@ def test_snapkv(case, window):
     press = kvpress.SnapKVPress(compression_ratio=0.5, window_size=window, kernel_size=5)
     smoothed = ours("snapkv", case, window_size=window, kernel_size=5)
     torch.testing.assert_close(smoothed[..., 2:-2], theirs(press, case)[..., 2 : LAG - 2])
+
+
+@pytest.mark.parametrize("kernel", [1, 5])
+def test_snapkv_once_is_theirs(kernel):
+    """Without sinks and with their window as the lag, prefill_once keeps what they keep of the prompt. They pool
+    with zeros beyond both ends, so the two tokens at each end may be ranked otherwise, and one of them for another."""
+    window, prompt, ratio = 8, 60, 0.5
+    query, key, value = random_inputs(2, 4, 1, prompt, 16)
+    query = 3 * query
+    weights = (query @ key.mT * SCALE).masked_fill(torch.ones(prompt, prompt).triu(1).bool(), -torch.inf).softmax(-1)
+    module = SimpleNamespace(config=SimpleNamespace(num_attention_heads=4, num_key_value_heads=1), head_dim=16)
+    press = kvpress.SnapKVPress(compression_ratio=ratio, window_size=window, kernel_size=kernel)
+    score = press.score(module, torch.zeros(2, prompt, 8), key, value, weights, {})
+    count = int(prompt * (1 - ratio)) - window
+    args = {"window_size": window, "kernel_size": kernel}
+    config = SparseAttentionConfig(
+        scorer="snapkv", scorer_args=args, sink_size=0, lag_size=window, top_k=count, schedule="prefill_once"
+    )
+    kept = kept_tokens(key, value, config, query=query, prompt_lengths=prompt)
+    theirs = torch.zeros_like(kept).scatter_(-1, score.topk(count + window).indices, True)
+    inner = slice(kernel // 2, prompt - window - kernel // 2)
+    same = (kept == theirs)[..., inner]
+    assert same.all() if kernel == 1 else same.float().mean() > 0.9
 
 
 def test_tova(case):

@@ -157,8 +157,6 @@ def test_packed_documents_have_no_length_of_their_own():
     ids = packed_ids([(0, 70), (1, 50)])
     with pytest.raises(ValueError, match="one length a row, but document_ids packs several documents"):
         sparse_attention(*inputs_of(), ORACLE, prompt_lengths=60, document_ids=ids)
-    tova = SparseAttentionConfig(scorer="tova", **CONFIG)  # which has no use for a length
-    sparse_attention(*inputs_of(), tova, prompt_lengths=60, document_ids=ids)
 
 
 @pytest.mark.parametrize("backend", ["gather", "flex"])
@@ -171,13 +169,12 @@ def test_packed_documents_have_no_length_of_their_own():
 )
 def test_other_backends_say_why_not(backend, options, reason):
     config = SparseAttentionConfig(**CONFIG, **options)
+    told = prompt(config.scorer, LENGTH)
     with pytest.raises(
         ValueError, match=rf"backend='{backend}' cannot compute this: {reason}.*; use 'reference' or 'a"
     ):
-        sparse_attention(*inputs_of(), config, backend=backend, prompt_lengths=LENGTH)
-    found, mask_form = (
-        sparse_attention(*inputs_of(), config, backend=b, prompt_lengths=LENGTH) for b in ("auto", "reference")
-    )
+        sparse_attention(*inputs_of(), config, backend=backend, **told)
+    found, mask_form = (sparse_attention(*inputs_of(), config, backend=b, **told) for b in ("auto", "reference"))
     assert torch.equal(found, mask_form)
 
 

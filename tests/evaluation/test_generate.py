@@ -24,6 +24,7 @@ ATTENTIONS = {
     "tova": replace(LAG, scorer="tova", scorer_args={}),
     "chunk": replace(LAG, chunk_size=48, keep_ratio=0.2),
     "one dense layer": replace(LAG, dense_layers=(0,)),
+    "once": replace(LAG, schedule="prefill_once", scorer="snapkv", scorer_args={}, keep_ratio=0.05),
 }
 
 
@@ -74,7 +75,7 @@ def test_the_text_is_what_transformers_generates(
     set_attention(recall_model, None)
 
 
-@pytest.mark.parametrize("attention", [None, LAG], ids=["dense", "lag"])
+@pytest.mark.parametrize("attention", [None, LAG, ATTENTIONS["once"]], ids=["dense", "lag", "once"])
 def test_reading_the_prompt_in_blocks_changes_nothing(
     attention: SparseAttentionConfig | None,
     recall_model: PreTrainedModel,
@@ -102,6 +103,11 @@ def test_the_cache_is_measured_after_the_prompts(
     slots = sum(LAG.geometry.slots(length) for length in lengths) / len(lengths)
     assert sparse["cache_slots"] == pytest.approx(slots) and sparse["cache_ratio"] == pytest.approx(mean / slots)
     assert sparse["cache_bytes"] == pytest.approx(slot_bytes * slots)
+    once = ATTENTIONS["once"]
+    found = generate_answers(recall_model, recall_samples, once, **options).cache
+    slots = sum(4 + 32 + int(0.05 * (length - 36)) for length in lengths) / len(lengths)
+    assert found["cache_slots"] == pytest.approx(slots) and found["cache_ratio"] == pytest.approx(mean / slots)
+    assert found["cache_bytes"] == pytest.approx(slot_bytes * slots)
 
 
 def test_several_questions_a_context(

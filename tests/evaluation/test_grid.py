@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -110,3 +112,7 @@ def test_measured_ratio_slots_and_bytes(model: PreTrainedModel) -> None:
     half = measure_cache(model, attention, [4096, 100], "bf16-mixed")
     assert half["length"] == 2098 and half["slots"] == (slots + 100) / 2
     assert half["kv_bytes_per_layer"] == [2 * 2 * 8 * 2 * half["slots"]] * 3
+    once = replace(attention, schedule="prefill_once", lag_size=32, dense_layers=(-1,))
+    cell = measure_cache(model, once, [4096, 40], "32-true")
+    held = 16 + 32 + int(0.25 * (4096 - 48))
+    assert cell["kept_per_layer"] == [(held + 40) / 2, (held + 40) / 2, 2068]

@@ -218,6 +218,11 @@ def test_a_passed_model_keeps_its_attention(recall_model: PreTrainedModel, token
         LRSALM(recall_model, tokenizer=tokenizer, compression=4)
 
 
+def test_compression_at_the_prompts_end_is_refused() -> None:
+    with pytest.raises(EvaluationInputError, match=r"schedule='prefill_once' does not work here.*where a prompt ends"):
+        make(schedule="prefill_once", **SMALL)
+
+
 def test_lm_eval_knows_the_name() -> None:
     from lm_eval.api.registry import get_model
 

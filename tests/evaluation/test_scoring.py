@@ -5,9 +5,10 @@ import torch
 from transformers import PreTrainedModel
 
 from lrsa.attention import SparseAttentionConfig
+from lrsa.cache import prefill
 from lrsa.data import Sample
 from lrsa.evaluation import Outcome, score
-from lrsa.models import get_attention, set_attention
+from lrsa.models import get_attention, make_cache, set_attention
 
 SPARSE = SparseAttentionConfig(sink_size=2, lag_size=8, keep_ratio=0.25)
 VOCABULARY = 400
@@ -92,6 +93,32 @@ def test_one_pass_equals_growing_the_prompt(
             assert outcome.nll == pytest.approx(nll, rel=1e-4)
             assert (outcome.task, outcome.compression, outcome.tokens) == ("t", 4, stop - start)
     assert next(outcomes, None) is None
+
+
+ONCE = replace(SPARSE, schedule="prefill_once", scorer="tova")
+
+
+def test_once_compressed_prompts_score_as_they_decode(model: PreTrainedModel) -> None:
+    """Reference tokens fed to a cache one at a time: the likelihood that ragged batches of the parallel form give."""
+    samples = [sample for sample in SAMPLES if sample.id != "c"]
+    outcomes = score(model, samples, ONCE, batch_size=3, pad_id=0)
+    set_attention(model, ONCE)
+    for sample, outcome in zip(samples, outcomes, strict=True):
+        ((start, stop),) = sample.answer_spans
+        cache, total = make_cache(model), 0.0
+        logits = prefill(model, torch.tensor([sample.input_ids[:start]]), cache)
+        for token in sample.input_ids[start:stop]:
+            total -= float(logits[0].log_softmax(-1)[token])
+            logits = prefill(model, torch.tensor([[token]]), cache)
+        assert outcome.nll == pytest.approx(total / (stop - start), rel=1e-4)
+    set_attention(model, None)
+    dense = score(model, samples, None, batch_size=3, pad_id=0)
+    assert any(abs(a.nll - b.nll) > 1e-3 for a, b in zip(dense, outcomes, strict=True))
+
+
+def test_a_sample_with_several_answers_has_no_one_prompt(model: PreTrainedModel) -> None:
+    with pytest.raises(ValueError, match=r"sample c has 2 answers, but schedule='prefill_once'.*mode=generate"):
+        score(model, SAMPLES, ONCE, batch_size=3, pad_id=0)
 
 
 def test_compression_changes_the_scores(model: PreTrainedModel) -> None:

@@ -27,12 +27,15 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Partitions:
-    """P partitions and, for each, the one after it: its lag. B batch, H key/value heads, G query heads a KV head.
+    """P partitions and, for each, what comes after it: its lag. B batch, H key/value heads, G query heads a KV head.
+
+    Chunked, the lag is the next partition: W = L. Compressed once, a prompt is one partition of all that is ranked:
+    P = 1, and W, the end of the prompt, is another number than L.
 
     Attributes:
         key, value: ``[B, H, P, L, D]``, the tokens that are ranked; keys after RoPE, in the model's dtype.
-        lag_key, lag_value: ``[B, H, P, L, D]``, the next L tokens.
-        lag_query: ``[B, H, G, P, L, D]``, the queries of those next tokens; None unless the scorer ``reads_query``.
+        lag_key, lag_value: ``[B, H, P, W, D]``, the next W tokens.
+        lag_query: ``[B, H, G, P, W, D]``, the queries of those next tokens; None unless the scorer ``reads_query``.
         positions: ``[P, L]`` int64, of the ranked tokens within their document.
         layer_idx: the layer's index.
         scale: of the attention logits, 1/sqrt(D) unless the model says otherwise.
@@ -56,7 +59,8 @@ class Partitions:
 class Scorer(ABC):
     """Ranks the tokens of each partition from that partition and its lag alone.
 
-    So a token's fate is settled L to 2L tokens after it was read, and training, prefill and decode agree on it.
+    So, chunked, a token's fate is settled L to 2L tokens after it was read, and training, prefill and decode agree on
+    it.
     Scores carry no gradient. A subclass's dataclass fields are its ``scorer_args``.
 
     A subclass says what it is:

@@ -16,7 +16,7 @@ class H2O(Scorer):
     """Attention weight accumulated over all the lag's queries, mean over the group's query heads.
 
     Published with the queries since a token was read, which favours old tokens; here every token of a partition is
-    judged by the same L queries.
+    judged by the same queries.
     """
 
     reads_query: ClassVar[bool] = True
@@ -24,4 +24,4 @@ class H2O(Scorer):
     paper: ClassVar[str] = "https://arxiv.org/abs/2306.14048"
 
     def __call__(self, partitions: Partitions) -> Tensor:
-        return attention_received(partitions, partitions.key.shape[-2])
+        return attention_received(partitions, partitions.lag_key.shape[-2])

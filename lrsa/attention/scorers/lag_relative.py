@@ -27,7 +27,8 @@ class LagRelative(Scorer):
 
 
 def lag_deviation(x: Tensor, lag: Tensor) -> Tensor:
-    """``[..., L, D]`` tokens and their lag -> ``[..., L]`` float32: softmax over tokens of the deviation over channels.
+    """``[..., L, D]`` tokens, ``[..., W, D]`` lag -> ``[..., L]`` float32: softmax over tokens of the deviation over
+    channels.
 
     Channels that are constant in the lag have no range to be scaled by and count as 0.
     """

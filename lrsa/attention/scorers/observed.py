@@ -1,6 +1,7 @@
 """What the lag's queries make of a partition's tokens: shared by the rules that look at attention.
 
-B batch, H key/value heads, G query heads a KV head, P partitions of L tokens, W queries, D head dimension.
+B batch, H key/value heads, G query heads a KV head, P partitions of L tokens, W queries (at most the lag's tokens, of
+which there are L unless a prompt is compressed once), D head dimension.
 """
 
 from __future__ import annotations
@@ -20,31 +21,28 @@ def attention_received(partitions: Partitions, window: int) -> Tensor:
     """Attention weight that each token gets from the lag's last ``window`` queries, mean over them and over the group:
     ``[B, H, P, L]`` float32. Softmax over the keys of partition and lag, causal within the lag.
     """
-    length = partitions.key.shape[-2]
-    window = min(window, length)
+    length, lag = partitions.key.shape[-2], partitions.lag_key.shape[-2]
+    window = min(window, lag)
 
     def weigh(query: Tensor, part: slice) -> Tensor:
         keys = torch.cat([partitions.key[:, :, part], partitions.lag_key[:, :, part]], -2)
         logits = _logits(query, keys, partitions.scale)
-        ahead = (
-            torch.arange(length, device=keys.device)
-            > torch.arange(length - window, length, device=keys.device)[:, None]
-        )
+        position = torch.arange(lag, device=keys.device)
+        ahead = position > position[lag - window :, None]
         logits[..., length:].masked_fill_(ahead, -torch.inf)
         return logits.softmax(-1)[..., :length].mean((3, 4))
 
-    return _in_parts(partitions, window, 2 * length, weigh)
+    return _in_parts(partitions, window, length + lag, weigh)
 
 
 def query_logits(partitions: Partitions, reduce: Callable[[Tensor], Tensor]) -> Tensor:
-    """``reduce`` of all the lag's queries' logits with the partition's keys, ``[B, H, p, G, L, L]`` (queries, then
+    """``reduce`` of all the lag's queries' logits with the partition's keys, ``[B, H, p, G, W, L]`` (queries, then
     keys) to ``[B, H, p, L]``, a part of the partitions at a time: ``[B, H, P, L]``."""
-    length = partitions.key.shape[-2]
 
     def apply(query: Tensor, part: slice) -> Tensor:
         return reduce(_logits(query, partitions.key[:, :, part], partitions.scale))
 
-    return _in_parts(partitions, length, length, apply)
+    return _in_parts(partitions, partitions.lag_key.shape[-2], partitions.key.shape[-2], apply)
 
 
 def _in_parts(partitions: Partitions, window: int, keys: int, function: Callable[[Tensor, slice], Tensor]) -> Tensor:

@@ -14,10 +14,13 @@ from lrsa.attention.scorers.observed import attention_received
 
 @dataclass(frozen=True)
 class SnapKV(Scorer):
-    """Attention weight from the lag's last ``window_size`` queries (all L where there are fewer), mean over them and
-    over the group's query heads, then averaged over ``kernel_size`` neighbours within the partition.
+    """Attention weight from the lag's last ``window_size`` queries (all of its where there are fewer), mean over them
+    and over the group's query heads, then averaged over ``kernel_size`` neighbours within the partition.
 
-    Published once, at the end of the prompt, with one window for all of it; here each partition has its lag's.
+    Published once, at the end of the prompt, with one window for all of it: ``schedule="prefill_once"``. Chunked, each
+    partition has its lag's. The softmax is over the keys of partition and lag; with ``sink_size=0`` and
+    ``prefill_once`` these are all of the prompt's, as published. What is published pools with zeros beyond the first
+    and the last ranked token, which changes the scores of ``kernel_size // 2`` tokens at each end.
     """
 
     window_size: int = 32

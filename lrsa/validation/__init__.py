@@ -8,15 +8,14 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from hydra.errors import CompactHydraException
 
-from lrsa.attention import BACKENDS, SparseAttentionConfig, from_conf
-from lrsa.attention.scorers import SCORERS
+from lrsa.attention import BACKENDS
 from lrsa.config import (
     AttentionConf,
     DataConf,
@@ -38,21 +37,14 @@ from lrsa.evaluation.errors import EvaluationInputError
 from lrsa.evaluation.peers import build_press
 from lrsa.results import RecordError
 from lrsa.training import NonFiniteLoss, find_checkpoint, micro_batches
+from lrsa.validation import attention
+from lrsa.validation.problems import ConfigError, ConfigWarning, raised
 
 PRECISIONS = ("32-true", "bf16-mixed")
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 WANDB_MODES = ("online", "offline", "disabled", "shared")
 DTYPES = ("float32", "bfloat16", "float16")
 EVAL_MODES = ("score", "generate", "lm_eval")
-
-
-class ConfigError(ValueError):
-    """One or more settings that cannot work, alone or together; the message lists them all."""
-
-
-class ConfigWarning(UserWarning):
-    """A setting that works, but hardly as meant."""
-
 
 # What the user can put right: the message says how, and where in the code it was noticed does not matter.
 BAD_INPUT = (
@@ -86,46 +78,52 @@ def check_train(conf: TrainConf) -> None:
     """Raises ConfigError listing every problem of an `lrsa-train` config; warns of what runs but looks wrong."""
     problems = [
         *_model(conf.model),
-        *_attention("attention", conf.attention),
-        *_looks_ahead(conf.attention),
-        *_backend(conf.model, "attention", conf.attention),
-        *_backend(conf.model, "evaluation.attention", conf.evaluation.attention),
+        *attention.problems_of("attention", conf.attention),
+        *attention.looks_ahead(conf.attention),
+        *attention.backend(conf.model, "attention", conf.attention),
+        *attention.backend(conf.model, "evaluation.attention", conf.evaluation.attention),
         *_data(conf.data),
         *_recipe(conf.recipe, conf.attention),
+        *attention.one_question("attention", conf.attention, conf.recipe.train, "data.parts", conf.data.parts),
         *_trainer(conf.trainer),
         *_logger(conf.logger),
         *_evaluation(conf.evaluation, conf.data.length),
+        *attention.scored_once(conf.evaluation),
     ]
     if conf.resume is not None and not conf.recipe.train:
         problems.append(f"resume={conf.resume} continues training, but recipe.train=false: choose another recipe")
     elif conf.resume is not None:
-        problems += _raised("", lambda: find_checkpoint(conf.resume or ""))
+        problems += raised("", lambda: find_checkpoint(conf.resume or ""))
     _report(problems)
-    _warn_if_dense("attention", conf.attention, "data.length", conf.data.length, conf.recipe.compressions or [4])
-    _warn_evaluation(conf.evaluation, conf.data.length)
+    factors = conf.recipe.compressions or [4]
+    attention.warn_if_dense("attention", conf.attention, "data.length", conf.data.length, factors)
+    attention.warn_evaluation(conf.evaluation, conf.data.length)
 
 
 def check_eval(conf: EvalConf) -> None:
     """Raises ConfigError listing every problem of an `lrsa-eval` config; warns of what runs but looks wrong."""
     problems = [
         *_model(conf.model),
-        *_backend(conf.model, "evaluation.attention", conf.evaluation.attention),
+        *attention.backend(conf.model, "evaluation.attention", conf.evaluation.attention),
         *_trainer(conf.trainer),
         *_logger(conf.logger),
         *_evaluation(conf.evaluation, None),
     ]
     if conf.mode not in EVAL_MODES:
         problems.append(f"mode={conf.mode!r} is unknown; choose one of {', '.join(EVAL_MODES)}")
+    if conf.mode == "score":
+        problems += attention.scored_once(conf.evaluation)
     if conf.mode in ("generate", "lm_eval"):
-        problems += _needs_a_cache(conf)
+        problems += attention.needs_a_cache(conf)
     if conf.mode == "generate":
         problems += _generate(conf.generate)
         problems += _peer(conf.generate, conf.evaluation)
     if conf.mode == "lm_eval":
         problems += _lm_eval(conf.lm_eval)
+        problems += attention.lm_eval_once(conf.evaluation)
     _report(problems)
     if conf.mode != "lm_eval":  # whose prompts have lengths of their own
-        _warn_evaluation(conf.evaluation, None)
+        attention.warn_evaluation(conf.evaluation, None)
 
 
 def check_context_window(model_config: Any, length: int | None) -> None:
@@ -147,14 +145,6 @@ def _report(problems: Sequence[str]) -> None:
         )
 
 
-def _raised(where: str, function: Callable[[], object]) -> list[str]:
-    try:
-        function()
-    except (ValueError, FileNotFoundError) as error:
-        return [f"{where}: {error}" if where else str(error)]
-    return []
-
-
 def _model(conf: ModelConf) -> Iterator[str]:
     if conf.dtype not in DTYPES:
         yield f"model.dtype={conf.dtype!r} is unknown; choose one of {', '.join(DTYPES)}"
@@ -168,38 +158,6 @@ def _model(conf: ModelConf) -> Iterator[str]:
         yield f"model.lora.rank={conf.lora.rank}: at least 1, or model.lora=null for full weights"
 
 
-def _attention(where: str, conf: AttentionConf) -> list[str]:
-    return _raised(where, lambda: from_conf(conf))
-
-
-def _looks_ahead(conf: AttentionConf) -> Iterator[str]:
-    if conf.scorer in SCORERS and SCORERS[conf.scorer].reads_future:
-        yield (
-            f"attention.scorer={conf.scorer} looks ahead in the prompt, which no cache can: what was trained with it "
-            f"would rely on that. Train with another, evaluate with it: attention@evaluation.attention={conf.scorer}"
-        )
-
-
-def _mask_form_only(conf: AttentionConf) -> str | None:
-    """The reason where it is so. What is wrong with the attention otherwise is `_attention`'s to report."""
-    with contextlib.suppress(ValueError):
-        attention = from_conf(conf)
-        return None if attention is None else attention.mask_form_only
-    return None
-
-
-def _backend(model: ModelConf, where: str, conf: AttentionConf) -> Iterator[str]:
-    reason = _mask_form_only(conf)
-    if reason and model.attention_backend not in ("auto", "reference"):
-        yield f"model.attention_backend={model.attention_backend} cannot compute {where}: {reason}; set it to auto"
-
-
-def _needs_a_cache(conf: EvalConf) -> Iterator[str]:
-    reason, by_a_peer = _mask_form_only(conf.evaluation.attention), conf.mode == "generate" and conf.generate.peer
-    if reason and not by_a_peer and any(factor != 1 for factor in conf.evaluation.compressions):
-        yield f"mode={conf.mode} needs a cache, which cannot hold evaluation.attention: {reason}; use mode=score"
-
-
 def _examples(where: str, conf: ExamplesConf) -> Iterator[str]:
     if conf.source not in SOURCES:
         yield f"{where}.source={conf.source!r} is unknown; choose one of {', '.join(sorted(SOURCES))}"
@@ -207,7 +165,7 @@ def _examples(where: str, conf: ExamplesConf) -> Iterator[str]:
         source = SOURCES[conf.source]
         if source.read is not None and source.path is None and conf.path is None:
             yield f"{where}.source={conf.source} needs {where}.path: a hub name, a local folder or a file"
-        yield from _raised(where, lambda: source_args(conf))
+        yield from raised(where, lambda: source_args(conf))
     if conf.questions < 1:
         yield f"{where}.questions={conf.questions}: questions a context, at least 1"
     if conf.limit is not None and conf.limit < 1:
@@ -244,7 +202,7 @@ def _recipe(conf: RecipeConf, attention: AttentionConf) -> Iterator[str]:
     ):
         if getattr(conf, name) < least:
             yield f"recipe.{name}={getattr(conf, name)}: at least {least}"
-    yield from _raised("", lambda: micro_batches(conf.batch_size, conf.micro_batch_size))
+    yield from raised("", lambda: micro_batches(conf.batch_size, conf.micro_batch_size))
     if not conf.learning_rate > 0:
         yield f"recipe.learning_rate={conf.learning_rate}: above 0"
     elif conf.min_learning_rate > conf.learning_rate:
@@ -303,7 +261,7 @@ def _logger(conf: LoggerConf) -> Iterator[str]:
 
 
 def _evaluation(conf: EvaluationConf, length: int | None) -> Iterator[str]:
-    yield from _attention("evaluation.attention", conf.attention)
+    yield from attention.problems_of("evaluation.attention", conf.attention)
     yield from _compressions("evaluation.compressions", conf.compressions)
     if len(set(conf.compressions)) != len(conf.compressions):
         yield f"evaluation.compressions={list(conf.compressions)} repeats a value"
@@ -340,7 +298,7 @@ def _peer(conf: GenerateConf, evaluation: EvaluationConf) -> Iterator[str]:
         if args:
             yield f"generate.peer_args={args} belong to generate.peer, which is not set"
         return
-    yield from _raised("generate.peer", lambda: build_press(str(conf.peer), 2, args))
+    yield from raised("generate.peer", lambda: build_press(str(conf.peer), 2, args))
     if evaluation.batch_size != 1:
         yield f"generate.peer reads one prompt at a time: evaluation.batch_size={evaluation.batch_size} must be 1"
     if conf.block_size is not None:
@@ -366,31 +324,4 @@ def _lm_eval(conf: LMEvalConf) -> Iterator[str]:
             f"lm_eval.limit={conf.limit} takes a task's first examples, which are all of the first of "
             f"lm_eval.metadata.max_seq_lengths={list(lengths)}: leave the limit out, or run a length at a time "
             "(lrsa-eval -m 'lm_eval.metadata={max_seq_lengths: [4096]},{max_seq_lengths: [8192]}')"
-        )
-
-
-def _warn_evaluation(conf: EvaluationConf, length: int | None) -> None:
-    _warn_if_dense(
-        "evaluation.attention", conf.attention, "evaluation.length", conf.length or length or 0, conf.compressions
-    )
-
-
-def _warn_if_dense(where: str, conf: AttentionConf, name: str, length: int, factors: Sequence[float]) -> None:
-    attention: SparseAttentionConfig | None = from_conf(conf)
-    if attention is None or all(factor == 1 for factor in factors):
-        return
-    first = conf.sink_size + 2 * conf.lag_size
-    if length <= first:
-        warnings.warn(
-            f"{name}={length} never compresses: {where} keeps the first sink_size + 2 * lag_size = {conf.sink_size} + "
-            f"2 * {conf.lag_size} = {first} tokens, so everything is dense; lengthen the samples or lower lag_size",
-            ConfigWarning,
-            stacklevel=4,
-        )
-    empty = [factor for factor in factors if factor > conf.lag_size]
-    if empty:
-        warnings.warn(
-            f"compressions {empty} keep nothing of a partition of {where}.lag_size={conf.lag_size} tokens",
-            ConfigWarning,
-            stacklevel=4,
         )

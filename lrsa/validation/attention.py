@@ -1,0 +1,98 @@
+"""What a config of an attention rules out: by its schedule, by its scorer, by the forms that compute it."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+
+from lrsa.attention import from_conf
+from lrsa.attention.config import ONCE
+from lrsa.attention.scorers import SCORERS
+from lrsa.config import AttentionConf, EvalConf, EvaluationConf, ExamplesConf, ModelConf
+from lrsa.validation.problems import ConfigWarning, raised
+
+
+def problems_of(where: str, conf: AttentionConf) -> list[str]:
+    return raised(where, lambda: from_conf(conf))
+
+
+def one_question(
+    where: str, conf: AttentionConf, used: bool, parts: str, examples: Mapping[str, ExamplesConf]
+) -> Iterator[str]:
+    """A row that is compressed once, at the end of its prompt, has one answer. (Conversations are found when read.)"""
+    for name, part in examples.items():
+        if used and conf.schedule == ONCE and part.questions > 1:
+            yield (
+                f"{where}.schedule={ONCE} compresses at the end of the prompt, and a row of {parts}.{name}.questions="
+                f"{part.questions} has no one end: set {parts}.{name}.questions=1, or {where}.schedule=chunked"
+            )
+
+
+def scored_once(conf: EvaluationConf) -> Iterator[str]:
+    compressed = any(factor != 1 for factor in conf.compressions)
+    yield from one_question("evaluation.attention", conf.attention, compressed, "evaluation.tasks", conf.tasks)
+
+
+def lm_eval_once(conf: EvaluationConf) -> Iterator[str]:
+    if conf.attention.schedule == ONCE:
+        yield (
+            f"evaluation.attention.schedule={ONCE} does not work with mode=lm_eval, whose likelihood requests do not "
+            "say where a prompt ends: use mode=generate or mode=score, or schedule=chunked"
+        )
+
+
+def looks_ahead(conf: AttentionConf) -> Iterator[str]:
+    if conf.scorer in SCORERS and SCORERS[conf.scorer].reads_future:
+        yield (
+            f"attention.scorer={conf.scorer} looks ahead in the prompt, which no cache can: what was trained with it "
+            f"would rely on that. Train with another, evaluate with it: attention@evaluation.attention={conf.scorer}"
+        )
+
+
+def _mask_form_only(conf: AttentionConf) -> str | None:
+    """The reason where it is so. What is wrong with the attention otherwise is `problems_of`'s to report."""
+    with contextlib.suppress(ValueError):
+        config = from_conf(conf)
+        return None if config is None else config.mask_form_only
+    return None
+
+
+def backend(model: ModelConf, where: str, conf: AttentionConf) -> Iterator[str]:
+    reason = _mask_form_only(conf)
+    if reason and model.attention_backend not in ("auto", "reference"):
+        yield f"model.attention_backend={model.attention_backend} cannot compute {where}: {reason}; set it to auto"
+
+
+def needs_a_cache(conf: EvalConf) -> Iterator[str]:
+    reason, by_a_peer = _mask_form_only(conf.evaluation.attention), conf.mode == "generate" and conf.generate.peer
+    if reason and not by_a_peer and any(factor != 1 for factor in conf.evaluation.compressions):
+        yield f"mode={conf.mode} needs a cache, which cannot hold evaluation.attention: {reason}; use mode=score"
+
+
+def warn_evaluation(conf: EvaluationConf, length: int | None) -> None:
+    warn_if_dense(
+        "evaluation.attention", conf.attention, "evaluation.length", conf.length or length or 0, conf.compressions
+    )
+
+
+def warn_if_dense(where: str, conf: AttentionConf, name: str, length: int, factors: Sequence[float]) -> None:
+    if from_conf(conf) is None or all(factor == 1 for factor in factors):
+        return
+    lags = 1 if conf.schedule == ONCE else 2
+    first = conf.sink_size + lags * conf.lag_size
+    if length <= first:
+        warnings.warn(
+            f"{name}={length} never compresses: {where} keeps the first sink_size + {lags} * lag_size = "
+            f"{conf.sink_size} + {lags} * {conf.lag_size} = {first} tokens, so everything is dense; lengthen the "
+            "samples or lower lag_size",
+            ConfigWarning,
+            stacklevel=4,
+        )
+    empty = [factor for factor in factors if factor > conf.lag_size and conf.schedule != ONCE]
+    if empty:
+        warnings.warn(
+            f"compressions {empty} keep nothing of a partition of {where}.lag_size={conf.lag_size} tokens",
+            ConfigWarning,
+            stacklevel=4,
+        )
