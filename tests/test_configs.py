@@ -111,7 +111,7 @@ def test_recipes_set_the_training_attention_and_studies_the_geometry() -> None:
 def test_the_real_run_is_what_it_says() -> None:
     conf = compose_train("experiment=smollm2_robustness")
     assert (conf.data.length, conf.attention.sink_size, conf.attention.lag_size) == (4096, 16, 128)
-    assert (conf.recipe.steps, conf.recipe.batch_size, conf.recipe.learning_rate) == (300, 8, 1e-4)
+    assert (conf.recipe.steps, conf.recipe.batch_size, conf.recipe.learning_rate) == (300, 8, 2e-4)
     tasks = {name: task.limit for name, task in conf.evaluation.tasks.items()}
     assert tasks == {"needles": 320, "xquad": None, "hotpotqa": 300}
     assert conf.evaluation.compressions == [1, 2, 4, 8, 16]
