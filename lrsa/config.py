@@ -61,14 +61,15 @@ class ModelConf:
 class ExamplesConf:
     """`data.parts.<name>` and `evaluation.tasks.<name>`: where examples come from and how a prompt is put together."""
 
-    source: str = MISSING  # lrsa.data.sources.SOURCES: squad, hotpotqa, jsonl, passkey, needles
+    source: str = MISSING  # lrsa.data.sources.SOURCES: squad, hotpotqa, jsonl, passkey, needles, niah, ...
     path: str | None = None  # hub name, local folder or file; synthetic sources have none
     split: str = "train"
     weight: float = 1.0  # share of the training mixture
     questions: int = 1  # per context
     limit: int | None = None  # samples of a task (training: recipe.steps); None: every question once
     seed: int = 0
-    filler: str | None = None  # prose: folder of *.txt(.gz), or hub id:config; None: the built-in haystack sentences
+    # prose: folder of *.txt(.gz), or hub id:config; repeat: RULER's line of noise; None: the built-in sentences
+    filler: str | None = None
     prompt: str = "chat"  # chat (the tokenizer's template) or plain
     args: dict[str, Any] = field(default_factory=dict)  # of the source
 
@@ -222,7 +223,7 @@ class TableConf:
     tasks: list[str] = field(default_factory=list)
     compressions: list[float] = field(default_factory=list)  # columns, 1 for the full cache; []: all, and the floor
     names: Any = None  # {arm or task: as displayed}; Any, for Hydra refuses new keys of a typed mapping without a `+`
-    metric: str = "exact"  # or nll; exact_match, f1 of generated answers
+    metric: str = "exact"  # or nll; exact_match, f1, string_match of generated answers
     formats: list[str] = field(default_factory=lambda: ["markdown", "latex", "csv"])
     figure: bool = True
     bootstrap: int = 10_000

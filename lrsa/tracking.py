@@ -94,7 +94,7 @@ def finish(
     metrics = summary_metrics(cells) | dict(metrics or {})
     record.finish(metrics, cells, outcomes)
     log_results(logger, metrics, cells, results_figure(record))
-    for metric in ("exact", "f1"):
+    for metric in ("exact", "f1", "string_match"):
         if cells and metric in cells[0]:
             Console().print(results_table(record, metric))
     log.info("record: %s", record.path)
@@ -129,8 +129,8 @@ def finish_wandb(logger: WandbLogger | None, error: BaseException | None = None)
 
 
 def summary_metrics(cells: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """`exact/<task>/<column>` (a fraction) and `nll/<task>/<column>`, of generated answers `exact_match/...` and
-    `f1/...`; with columns floor, full, 2x, 4x, ...
+    """`exact/<task>/<column>` (a fraction) and `nll/<task>/<column>`, of generated answers `exact_match/...`,
+    `f1/...` and `string_match/...`; with columns floor, full, 2x, 4x, ...
     """
     return {
         f"{name}/{row['task']}/{row['compression']}": cell[name]

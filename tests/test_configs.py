@@ -27,6 +27,12 @@ def options(group: str) -> list[str]:
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
+def tasks_of(option: str) -> list[str]:
+    """A task's own name, or those that a group of tasks lists."""
+    listed = OmegaConf.load(CONF / "task" / f"{option}.yaml").get("defaults")
+    return [option] if listed is None else [task for one in listed for task in tasks_of(one)]
+
+
 @pytest.fixture(autouse=True)
 def _hydra() -> Iterator[None]:
     register_configs()
@@ -66,7 +72,7 @@ def test_every_option_composes(group: str, option: str) -> None:
     extra += ["data.parts.own.path=rows.jsonl"] if (group, option) == ("data", "jsonl") else []
     conf = compose_train(override, *extra)
     if group == "task":
-        assert list(conf.evaluation.tasks) == [option]
+        assert list(conf.evaluation.tasks) == tasks_of(option)
     if group == "trainer" and option == "gpu":
         return  # no GPU here is one of the problems that check_train reports
     if group == "attention" and option in SCORERS and SCORERS[option].reads_future:
@@ -87,7 +93,15 @@ def test_every_sparse_attention_evaluates(option: str) -> None:
 
 @pytest.mark.parametrize("task", options("task"))
 def test_every_task_evaluates(task: str) -> None:
-    assert list(compose_eval(f"task=[{task}]").evaluation.tasks) == [task]
+    assert list(compose_eval(f"task=[{task}]").evaluation.tasks) == tasks_of(task)
+
+
+def test_the_suite_is_rulers_thirteen_and_five_more() -> None:
+    ruler, suite = tasks_of("ruler"), tasks_of("suite")
+    assert len(ruler) == 13 and suite[:13] == ruler
+    assert suite[13:] == ["passkey64", "babi_qa1", "babi_qa2", "babi_qa3", "kv_retrieval"]
+    tasks = compose_eval("mode=generate", "task=[suite]").evaluation.tasks
+    assert {name: task.limit for name, task in tasks.items() if task.limit != 100} == {"passkey64": 110}
 
 
 def test_recipes_set_the_training_attention_and_studies_the_geometry() -> None:

@@ -1,6 +1,7 @@
 """Text to tokens: sources of examples, exact-length assembly, and the training mixture."""
 
 from lrsa.data.assembly import ContextTooLongError, Sample, SampleSet
+from lrsa.data.built import build_samples, content_hash
 from lrsa.data.datamodule import LRSADataModule, collate
 from lrsa.data.examples import DataRowError, Document, Example
 from lrsa.data.sources import SOURCES, load_examples
@@ -14,6 +15,8 @@ __all__ = [
     "LRSADataModule",
     "Sample",
     "SampleSet",
+    "build_samples",
     "collate",
+    "content_hash",
     "load_examples",
 ]

@@ -6,31 +6,35 @@
 The rule: every piece is tokenised on its own, without special tokens, with its separator in front, and the ids are
 joined. A context of documents holds the gold passages, then as many other passages as fit (the example's own ones
 first, then passages of other articles of the same split), then filler prose, its last block trimmed to the token. A
-synthetic context holds the needles between sentences of filler. A gold passage goes to the gap between blocks that is
-nearest to its drawn depth; what is recorded is where it came to stand. Nothing else is ever cut: what does not fit
-is a ContextTooLongError. A sample depends on (stream, conf.seed, index) alone.
+synthetic context holds the needles between sentences of filler, in their order where the source has one; or it is the
+source's own, of the largest size that fits, after what little filler is then missing. A gold passage goes to the gap
+between blocks that is nearest to its drawn depth; what is recorded is where it came to stand. Nothing else is ever cut:
+what does not fit is a ContextTooLongError. A sample depends on (stream, conf.seed, index) alone.
 """
 
 from __future__ import annotations
 
 import json
 import random
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from lrsa.config import ExamplesConf
-from lrsa.data.examples import Document, Example, stream_rng
+from lrsa.data.examples import Document, Example, stream_rng, target_text
 from lrsa.data.filler import NEW_PARAGRAPH, SAME_PARAGRAPH, Filler
-from lrsa.data.placement import Joiner, place, shuffled
+from lrsa.data.placement import Joiner, largest_size, place, shuffled
 from lrsa.data.prompts import conversation_pieces, make_prompt
 from lrsa.data.sources import SYNTHETIC_SAMPLES, Loaded, draw_context, load, plain_conf, source_args, source_of
+from lrsa.data.synthetic import SYNTHETIC
 from lrsa.data.tokens import Ids, default_cache_dir, digest, token_store
 
 RULE = "1"  # of assembly; raise it when the same inputs give other samples, so that fingerprints tell
+_DRAWS = 3  # contexts of a synthetic source that its fingerprint looks at
 _MISSES = 16  # passages in a row that are too long for what is left, before filler takes over
 
 
@@ -43,7 +47,8 @@ class Sample:
     """Token ids with the ranges to learn or score.
 
     `answer_spans` are half-open ranges of `input_ids`, one a question, the end-of-turn token included; `answers` the
-    references of each question (the first is the one in the tokens); `gold_depth` where each gold passage starts,
+    references of each question (the first is the one in the tokens, or with `all_answers` all of them,
+    `examples.target_text`); `gold_depth` where each gold passage starts,
     0 to 1 of the context's tokens, in the order of the questions' documents; `context_length` the tokens before the
     first question: what a method that compresses without knowing the question may see. 0 without a context.
     """
@@ -56,6 +61,7 @@ class Sample:
     gold_depth: tuple[float, ...]
     length: int
     context_length: int = 0
+    all_answers: bool = False
 
 
 class SampleSet(Dataset[Sample]):
@@ -67,7 +73,7 @@ class SampleSet(Dataset[Sample]):
     stream: name of the random stream; training uses `train/<part>/<run seed>`, evaluation `evaluation`, and every draw
     is keyed by it, so equal seeds never give equal draws.
     Iterating and `len` follow `conf.limit`; None means every question once (200 contexts of a synthetic source).
-    cache_dir: of tokenised texts; None: $LRSA_CACHE or ~/.cache/lrsa.
+    cache_dir: of tokenised texts, and of a task's samples (`built.build_samples`); None: $LRSA_CACHE or ~/.cache/lrsa.
     """
 
     def __init__(
@@ -89,10 +95,14 @@ class SampleSet(Dataset[Sample]):
         if conf.limit is not None and conf.limit < 1:
             raise ValueError(f"limit={conf.limit} must be at least 1, or null for everything")
         self.synthetic = source_of(conf).read is None
+        self.task = SYNTHETIC[conf.source] if self.synthetic else None
         self.loaded = loaded or (Loaded([], f"synthetic {conf.source}") if self.synthetic else load(conf, stream))
         self.examples = self.loaded.examples
-        self.store = token_store(tokenizer, cache_dir or default_cache_dir())
-        self.prompt = make_prompt(conf.prompt, tokenizer)
+        self.cache_dir = cache_dir or default_cache_dir()
+        self.store = token_store(tokenizer, self.cache_dir)
+        prompt = make_prompt(conf.prompt, tokenizer)
+        asked, prefix = self.args.get("asked", "{question}"), self.args.get("answer_prefix", "")
+        self.prompt = replace(prompt, question=prompt.question.replace("{question}", asked), prefix=prefix)
         self.bare = not self.synthetic and not self.examples[0].documents
         if self.bare and conf.questions != 1:
             raise ValueError(f"questions={conf.questions}: rows without documents share no context; set questions: 1")
@@ -127,7 +137,7 @@ class SampleSet(Dataset[Sample]):
     def examples_of(self, index: int) -> list[Example]:
         """The questions of sample `index`: the next ones of the epoch's shuffled order, or a synthetic draw."""
         if self.synthetic:
-            return draw_context(self.conf, index, self.stream)
+            return draw_context(self.conf, index, self.stream, self._size(index))
         epoch, within = divmod(index, self.epoch)
         if self._order[0] != epoch:
             order = list(range(len(self.examples)))
@@ -160,11 +170,16 @@ class SampleSet(Dataset[Sample]):
     def _fingerprint(self) -> str:
         """Over what decides the samples; not over paths: the same rows from the hub or a folder are the same data."""
         said = {k: v for k, v in asdict(self.conf).items() if k not in ("weight", "path", "split", "filler", "args")}
-        said |= {"args": {k: v for k, v in self.args.items() if k not in ("config", "revision")}}
+        # asked, answer_prefix: in the template
+        said |= {
+            "args": {k: v for k, v in self.args.items() if k not in ("config", "revision", "asked", "answer_prefix")}
+        }
         said |= {"length": self.length, "context": self.context, "stream": self.stream}
         filler = self.filler.fingerprint if self.filler else ""
         parts = [RULE, json.dumps(said, sort_keys=True, default=str), self.store.fingerprint, self.template, filler]
-        return digest([*parts, digest(repr(example) for example in self.examples)])
+        first = [draw_context(self.conf, index, self.stream) for index in range(_DRAWS)] if self.synthetic else []
+        drawn = [json.dumps(asdict(example), sort_keys=True) for examples in first for example in examples]
+        return digest([*parts, digest(drawn or [repr(example) for example in self.examples])])
 
     def _rng(self, *key: object) -> random.Random:
         return stream_rng(self.stream, self.conf.seed, self.conf.source, *key)
@@ -189,6 +204,7 @@ class SampleSet(Dataset[Sample]):
             gold_depth=tuple(depths),
             length=joiner.size,
             context_length=joiner.context,
+            all_answers=examples[0].all_answers,
         )
 
     def check(self, count: int) -> None:
@@ -221,12 +237,32 @@ class SampleSet(Dataset[Sample]):
     def _texts(self, examples: list[Example]) -> list[str]:
         """What goes around the context: the opening (with a context), then three pieces a question."""
         prompt, with_context = self.prompt, self.context and not self.bare
-        texts = [prompt.head + str(self.args["instruction"])] if with_context else []
+        opening = examples[0].opening or str(self.args["instruction"])
+        texts = [prompt.head + opening] if with_context else []
         for number, example in enumerate(examples):
-            asked = prompt.question.format(question=example.question) + prompt.tail
+            asked = prompt.question.replace("{question}", example.question) + prompt.tail
             before = prompt.turn if number else NEW_PARAGRAPH if with_context else prompt.head
-            texts += [before + asked, prompt.lead + example.answers[0], prompt.end]
+            answer = target_text(example.answers, example.all_answers)
+            if example.answer_prefix:
+                asked, answer = asked + prompt.lead + example.answer_prefix, " " + answer
+            else:
+                answer = prompt.lead + answer
+            texts += [before + asked, answer, prompt.end]
         return texts
+
+    def _size(self, index: int) -> int | None:
+        """Units of context `index` of a source that draws its whole context: as many as fit T; None of other sources.
+
+        Without a length the least will do, for question and answer are the same.
+        """
+        if self.task is None or self.task.least is None or self.length is None:
+            return None
+
+        def tokens(size: int) -> int:
+            examples = draw_context(self.conf, index, self.stream, size)
+            return sum(map(len, self.store.encode(self._texts(examples)) + self._documents(examples)[0]))
+
+        return largest_size(tokens, self.task.least, self.length)
 
     def _questions(self, examples: list[Example], joiner: Joiner, index: int) -> list[float]:
         pieces = self.store.encode(self._texts(examples))
@@ -248,6 +284,8 @@ class SampleSet(Dataset[Sample]):
         """All blocks between instruction and question, T - fixed tokens together, and the gold passages' depths."""
         rng = self._rng("context", index)
         gold, others = self._documents(examples)
+        if self.task is not None and self.task.least is not None:
+            return self._whole(examples, gold, fixed, rng)
         taken = fixed + sum(map(len, gold))
         if self.length is None:
             background = others
@@ -262,13 +300,28 @@ class SampleSet(Dataset[Sample]):
                 rng.shuffle(background)
         grid = self.args["depths"]
         wanted = [float(grid[(index + k) % len(grid)]) if grid else rng.random() for k in range(len(gold))]
+        if self.task is not None and self.task.ordered:
+            wanted.sort()
         blocks, fell = place(background, gold, wanted)
         return blocks, [fell[k] for k in self._asked(examples)]
+
+    def _whole(
+        self, examples: list[Example], drawn: list[Ids], fixed: int, rng: random.Random
+    ) -> tuple[list[Ids], list[float]]:
+        """A context that its source drew whole, after the filler that is missing."""
+        self._check_size(examples, fixed + sum(map(len, drawn)))
+        missing = 0 if self.length is None else self.length - fixed - sum(map(len, drawn))
+        before = self.filler.blocks(rng, missing, by_sentence=True) if self.filler else []
+        starts = np.cumsum([missing, *map(len, drawn)])
+        return before + drawn, [float(starts[k] / starts[-1]) for k in self._asked(examples)]
 
     def _documents(self, examples: list[Example]) -> tuple[list[Ids], list[Ids]]:
         """Ids of what must be in the context (gold; all needles), and of the examples' own other passages."""
         if self.synthetic:
-            return self.store.encode([SAME_PARAGRAPH + d.text for d in examples[0].documents]), []
+            texts = [SAME_PARAGRAPH + d.text for d in examples[0].documents]
+            if self.task is not None and self.task.least is not None:  # a context of its own
+                texts[0] = NEW_PARAGRAPH + examples[0].documents[0].text
+            return self.store.encode(texts), []
         supporting = dict.fromkeys(d.text for e in examples for d in e.documents if d.is_supporting)
         unique = {d.text: d for e in examples for d in e.documents}
         gold = [self.store.get(self._passage(unique[text])) for text in supporting]

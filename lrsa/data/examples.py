@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 
 class DataRowError(ValueError):
@@ -30,8 +31,10 @@ class Document:
 
 @dataclass(frozen=True)
 class Example:
-    """One question. `answers[0]` is the training target, the others further references.
+    """One question. `answers[0]` is the training target, the others further references; with `all_answers` every one
+    of them belongs to the answer, and the target is all of them (`target_text`).
 
+    `opening` replaces the source's instruction, `answer_prefix` is put in the model's mouth: prompt, not target.
     `group` is the article (distractors come from other groups). `messages` holds a whole conversation as
     (role, content) pairs instead: `question` and `documents` are then empty.
     """
@@ -42,6 +45,15 @@ class Example:
     documents: tuple[Document, ...] = ()
     group: str = ""
     messages: tuple[tuple[str, str], ...] = ()
+    # Not in repr, which the fingerprints of rows read from files are made of: older records stay comparable.
+    all_answers: bool = field(default=False, repr=False)
+    opening: str = field(default="", repr=False)
+    answer_prefix: str = field(default="", repr=False)
+
+
+def target_text(answers: Sequence[str], all_answers: bool) -> str:
+    """The canonical answer: the first reference, or where all are asked for, all in order, `a, b, c`."""
+    return ", ".join(answers) if all_answers else answers[0]
 
 
 def stream_rng(*key: object) -> random.Random:

@@ -1,7 +1,8 @@
 """Filler prose, token by token: text between needles, and the last bit of a context of documents.
 
-Built in: sentences of `wordlists.HAYSTACK` in random order. Else a folder (or file) of `.txt` or `.txt.gz`, or a hub
-data set with a `text` column, written `owner/name` or `owner/name:config`; a slice starts at a random paragraph.
+Built in: sentences of `wordlists.HAYSTACK` in random order, or (`repeat`) RULER's line of noise again and again. Else a
+folder (or file) of `.txt` or `.txt.gz`, or a hub data set with a `text` column, written `owner/name` or
+`owner/name:config`; a slice starts at a random paragraph.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy as np
 
 from lrsa.data.rows import hub_rows, stand_in
 from lrsa.data.tokens import Ids, TokenStore, digest
-from lrsa.data.wordlists import HAYSTACK
+from lrsa.data.wordlists import HAYSTACK, REPEATED_NOISE
 
 # White space after a full stop (and a closing quote) and before a new sentence; not after a title.
 _SENTENCE_END = re.compile(
@@ -26,6 +27,7 @@ _SENTENCE_END = re.compile(
 )
 _PARAGRAPH = 6  # sentences of a built-in paragraph
 NEW_PARAGRAPH, SAME_PARAGRAPH = "\n\n", " "
+REPEAT = "repeat"  # name of the filler of repeated noise
 
 
 def _texts(name: str) -> tuple[list[str], str]:
@@ -83,7 +85,12 @@ class Filler:
         self.store = store
         self.paragraphs: tuple[tuple[str, ...], ...] = ()
         self.origin = "built-in sentences"
-        if name is None:
+        self.between = NEW_PARAGRAPH
+        if name == REPEAT:
+            self.paragraphs, self.origin, self.between = ((REPEATED_NOISE,),), "repeated noise", "\n"
+            texts = repr((REPEAT, self.paragraphs))
+            store.preload(self._marked(self.paragraphs[0]))
+        elif name is None:
             texts = repr(HAYSTACK)
             store.preload([mark + text for text in HAYSTACK for mark in (NEW_PARAGRAPH, SAME_PARAGRAPH)])
         else:
@@ -92,9 +99,8 @@ class Filler:
             store.preload([piece for paragraph in self.paragraphs for piece in self._marked(paragraph)])
         self.fingerprint = digest([texts])
 
-    @staticmethod
-    def _marked(paragraph: tuple[str, ...]) -> list[str]:
-        return [(SAME_PARAGRAPH if index else NEW_PARAGRAPH) + text for index, text in enumerate(paragraph)]
+    def _marked(self, paragraph: tuple[str, ...]) -> list[str]:
+        return [(SAME_PARAGRAPH if index else self.between) + text for index, text in enumerate(paragraph)]
 
     def _stream(self, rng: random.Random) -> Iterator[list[Ids]]:
         """Paragraphs without end, each a list of sentences' ids."""

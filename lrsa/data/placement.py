@@ -1,9 +1,9 @@
-"""Where blocks of tokens go in a context, and the joining of pieces into one sample."""
+"""How much goes into a context, where its blocks of tokens stand, and the joining of pieces into one sample."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -39,6 +39,31 @@ def shuffled(size: int, rng: random.Random) -> Iterator[int]:
         other = rng.randrange(position, size)
         yield moved.get(other, other)
         moved[other] = moved.get(position, position)
+
+
+def largest_size(tokens: Callable[[int], int], least: int, room: int) -> int:
+    """A size >= `least` that takes at most `room` tokens while the next one takes more; `least` where even that does.
+
+    Doubles until it is too much, then interpolates (every third time halves), as `tokens` is about linear and slow.
+    """
+    low, taken = least, tokens(least)
+    if taken > room:
+        return least
+    high, too_many = 2 * low, tokens(2 * low)
+    while too_many <= room:
+        low, taken = high, too_many
+        high, too_many = 2 * low, tokens(2 * low)
+    tries = 0
+    while high - low > 1:
+        tries += 1
+        step = (high - low) // 2 if tries % 3 == 0 else (high - low) * (room - taken) // (too_many - taken)
+        middle = min(low + max(step, 1), high - 1)
+        found = tokens(middle)
+        if found <= room:
+            low, taken = middle, found
+        else:
+            high, too_many = middle, found
+    return low
 
 
 def place(background: list[Ids], gold: list[Ids], depths: list[float]) -> tuple[list[Ids], list[float]]:

@@ -2,7 +2,8 @@
 
 A prompt is `head user₀ tail | lead answer₀ end | turn user₁ tail | lead answer₁ end | ...`. Everything before the
 first bar is what `apply_chat_template(..., add_generation_prompt=True)` renders: generation starts from exactly those
-tokens. `lead answer end` is what the model has to write, `end` being the end-of-turn token.
+tokens. `lead answer end` is what the model has to write, `end` being the end-of-turn token. Where a task begins the
+answer for the model, `lead prefix` belong to the prompt, and ` answer end` is what it has to write.
 """
 
 from __future__ import annotations
@@ -27,10 +28,12 @@ class Prompt:
     end: str
     turn: str
     question: str = "{question}"  # how a question is written
+    prefix: str = ""  # how an answer is begun for the model; of the record's template, examples have their own
 
     def template(self, context: str, turns: bool) -> str:
         """One string for the record, with named gaps; `turns`: a second question follows."""
-        asked = f"{self.question}{self.tail}{self.lead}{{answer}}{self.end}"
+        begun = f"{self.prefix} " if self.prefix else ""
+        asked = f"{self.question}{self.tail}{self.lead}{begun}{{answer}}{self.end}"
         return f"{self.head}{context}{asked}" + (f"{self.turn}{asked}" if turns else "")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -20,7 +20,9 @@ QA_INSTRUCTION = "Read the documents and answer the questions. Reply with the an
 
 # Arguments that decide how a sample is laid out; see lrsa.data.assembly.
 LAYOUT_ARGS: dict[str, Any] = {"instruction": QA_INSTRUCTION, "depths": None}
-DOCUMENT_ARGS: dict[str, Any] = {**LAYOUT_ARGS, "titles": False, "max_distractors": None}
+# How a question is put, in addition to the prompt's own form, and what the answer is made to begin with.
+WORDING_ARGS: dict[str, Any] = {"asked": "{question}", "answer_prefix": ""}
+DOCUMENT_ARGS: dict[str, Any] = {**LAYOUT_ARGS, **WORDING_ARGS, "titles": False, "max_distractors": None}
 HUB_ARGS: dict[str, Any] = {"config": None, "revision": None}
 
 
@@ -127,7 +129,7 @@ SOURCES: dict[str, Source] = {
         read_hotpotqa, {**DOCUMENT_ARGS, **HUB_ARGS, "titles": True, "config": "distractor"}, "hotpotqa/hotpot_qa"
     ),
     "jsonl": Source(read_jsonl, {**DOCUMENT_ARGS, **HUB_ARGS}),
-    **{name: Source(None, {**LAYOUT_ARGS, **args}) for name, (_, args) in SYNTHETIC.items()},
+    **{name: Source(None, {**LAYOUT_ARGS, **task.args}) for name, task in SYNTHETIC.items()},
 }
 
 
@@ -156,17 +158,27 @@ def source_args(conf: ExamplesConf) -> dict[str, Any]:
     args = {**defaults, **conf.args}
     if source_of(conf).read is None and conf.path is not None:
         raise ValueError(f"source {conf.source!r} is synthetic and reads no path; got path={conf.path!r}")
+    if "{question}" not in args.get("asked", "{question}"):
+        raise ValueError(f"args.asked={args['asked']!r} lacks {{question}}, the place of the question")
     depths = args["depths"]
     if depths is not None and not (depths and all(0 <= float(depth) <= 1 for depth in depths)):
         raise ValueError(f"args.depths={depths} must be a list of positions from 0 (start) to 1 (end)")
     return args
 
 
-def draw_context(conf: ExamplesConf, index: int, stream: str) -> list[Example]:
-    """Context `index` of a synthetic source: `conf.questions` examples that share their documents."""
-    draw, _ = SYNTHETIC[conf.source]
+def draw_context(conf: ExamplesConf, index: int, stream: str, size: int | None = None) -> list[Example]:
+    """Context `index` of a synthetic source: `conf.questions` examples that share their documents.
+
+    size: units of a source that draws its whole context; None: the least it can have.
+    """
+    task, args = SYNTHETIC[conf.source], source_args(conf)
     rng = stream_rng(stream, conf.seed, conf.source, "draw", index)
-    return draw(source_args(conf), conf.questions, rng, f"{conf.source}-{index:05d}")
+    prefix = f"{conf.source}-{index:05d}"
+    if task.least is None:
+        return task.draw(args, conf.questions, rng, prefix)
+    grid = args["depths"]
+    depth = float(grid[index % len(grid)]) if grid else rng.random()
+    return task.draw(args, conf.questions, rng, prefix, size=task.least if size is None else size, depth=depth)
 
 
 def load(conf: ExamplesConf, stream: str = "evaluation") -> Loaded:
@@ -189,9 +201,7 @@ def load(conf: ExamplesConf, stream: str = "evaluation") -> Loaded:
         if examples and bool(example.documents) != bool(examples[0].documents):
             row.fail("documents", "some rows have documents and others none: put them into separate files (parts)")
         documents = tuple(shared.setdefault(document, document) for document in example.documents)
-        examples.append(
-            Example(example.id, example.question, example.answers, documents, example.group, example.messages)
-        )
+        examples.append(replace(example, documents=documents, answer_prefix=args["answer_prefix"]))
     if not examples:
         raise ValueError(f"{located.origin} has no rows")
     return Loaded(examples, located.origin)

@@ -1,16 +1,31 @@
-"""Seeded recall tasks in the wording of RULER (Hsieh et al. 2024, arXiv 2404.06654): passkey and multi-key needles.
+"""Seeded tasks: passkey and multi-key needles here, RULER's, bAbI's and key-value retrieval beside it; their registry.
 
-A draw is one context: needles (all of them supporting documents, one sentence each) and the questions about some of
-them. The haystack comes from the assembly. Draws depend on the generator alone.
+A draw is one context: documents (needles, facts), and the questions about some of them. The haystack comes from the
+assembly. Draws depend on the generator alone, and import nothing but the standard library: the same text everywhere.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+from lrsa.data.babi import BABI_ARGS, draw_babi
 from lrsa.data.examples import Document, Example
+from lrsa.data.retrieval import KV_ARGS, draw_kv
+from lrsa.data.ruler import (
+    CWE_ARGS,
+    FWE_ARGS,
+    HAYSTACK_ARGS,
+    NIAH_ARGS,
+    VT_ARGS,
+    draw_cwe,
+    draw_fwe,
+    draw_niah,
+    draw_niah_haystack,
+    draw_vt,
+)
 from lrsa.data.wordlists import ADJECTIVES, NOUNS
 
 NEEDLES_INSTRUCTION = (
@@ -113,8 +128,29 @@ def draw_passkey(args: dict[str, Any], questions: int, rng: random.Random, prefi
     return [Example(f"{prefix}-0", args["question"], (value,), (document,))]
 
 
-# name -> (draw one context, its arguments with their defaults)
-SYNTHETIC: dict[str, tuple[Callable[[dict[str, Any], int, random.Random, str], list[Example]], dict[str, Any]]] = {
-    "needles": (draw_needles, NEEDLES_ARGS),
-    "passkey": (draw_passkey, PASSKEY_ARGS),
+@dataclass(frozen=True)
+class Synthetic:
+    """`draw(args, questions, rng, prefix)` gives one context's examples; `args` are its arguments with their defaults.
+
+    ordered: the documents stand in the haystack in the order drawn.
+    least: set for a source that draws its whole context, in order, from also `size` (units, at least `least`; more are
+    more tokens) and `depth` (0 to 1, of what is asked for among them). Question and answers must not depend on `size`.
+    """
+
+    draw: Callable[..., list[Example]]
+    args: dict[str, Any]
+    ordered: bool = False
+    least: int | None = None
+
+
+SYNTHETIC: dict[str, Synthetic] = {
+    "needles": Synthetic(draw_needles, NEEDLES_ARGS),
+    "passkey": Synthetic(draw_passkey, PASSKEY_ARGS),
+    "niah": Synthetic(draw_niah, NIAH_ARGS, ordered=True),
+    "niah_haystack": Synthetic(draw_niah_haystack, HAYSTACK_ARGS, least=1),
+    "vt": Synthetic(draw_vt, VT_ARGS, ordered=True),
+    "cwe": Synthetic(draw_cwe, CWE_ARGS, least=1),
+    "fwe": Synthetic(draw_fwe, FWE_ARGS, least=16),
+    "babi": Synthetic(draw_babi, BABI_ARGS, ordered=True),
+    "kv": Synthetic(draw_kv, KV_ARGS, least=1),
 }

@@ -12,6 +12,7 @@ import weakref
 import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -128,15 +129,19 @@ def _read(file: Path, count: int) -> list[Ids] | None:
 
 
 def _write(file: Path, ids: list[Ids]) -> None:
+    write_arrays(file, ids=np.concatenate(ids), ends=np.cumsum([len(piece) for piece in ids]))
+
+
+def write_arrays(file: Path, **arrays: NDArray[Any]) -> None:
     """Write under a temporary name, then rename: a reader never meets half a file. A full disk only costs the cache."""
     temporary = None
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".part", delete=False) as handle:
             temporary = handle.name
-            np.savez(handle, ids=np.concatenate(ids), ends=np.cumsum([len(piece) for piece in ids]))
+            np.savez(handle, **arrays)  # type: ignore[arg-type]  # numpy's stub takes them for allow_pickle
         os.replace(temporary, file)
     except OSError as error:
-        log.warning("token cache %s was not written: %s", file, error)
+        log.warning("cache file %s was not written: %s", file, error)
         if temporary:
             Path(temporary).unlink(missing_ok=True)

@@ -76,3 +76,6 @@ HAYSTACK = (
     "Nothing moves in the street at noon.",
     "My family likes the park.",
 )
+
+# RULER's repeated haystack (Hsieh et al. 2024), one line of it.
+REPEATED_NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."

@@ -1,4 +1,4 @@
-"""Greedy answers: token-exact match, and what needs the text, normalised exact match and F1.
+"""Greedy answers: token-exact match, and what needs the text, normalised exact match, F1 and string match.
 
 B rows, T tokens. Token-exact match equals that of `scoring.score`, which decodes nothing. Every step is written out
 here rather than left to `model.generate`, whose defaults come from the checkpoint (repetition penalties, sampling).
@@ -18,14 +18,17 @@ from lrsa.attention import SparseAttentionConfig
 from lrsa.cache import prefill
 from lrsa.data import Sample
 from lrsa.data.datamodule import pad_id_of
+from lrsa.data.examples import target_text
 from lrsa.evaluation.answers import exact_match, f1
 from lrsa.evaluation.errors import EvaluationInputError
 from lrsa.evaluation.measured import MeasuredCache
 from lrsa.evaluation.peers import prefill_under
 from lrsa.evaluation.scoring import answer_ids, autocast, batches_of_similar_length, evaluating
+from lrsa.evaluation.string_match import string_match
 from lrsa.models import make_cache
 
 MARGIN = 16  # tokens beyond the longest reference, for answers that take another wording
+LISTED = 4  # more for each of several references that are all asked for: a number and a line of its own
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class Answer:
     tokens: int  # of that reference
     exact_match: bool  # normalised, with any reference
     f1: float  # best over the references
+    string_match: float  # as RULER: share of the references found, or the best where one will do
     text: str
     generated_tokens: int  # the stop token included
     hit_limit: bool  # no stop token came within max_new_tokens
@@ -70,11 +74,13 @@ def stop_tokens(tokenizer: PreTrainedTokenizerBase, end: str = "") -> dict[int, 
 
 
 def token_limit(tokenizer: PreTrainedTokenizerBase, samples: Sequence[Sample]) -> int:
-    """New tokens that suffice for every reference of `samples`, whichever wording is taken, and `MARGIN` more."""
+    """New tokens that suffice for every reference of `samples`, whichever wording is taken, and `MARGIN` more; for
+    answers of several parts `LISTED` more a part."""
     spans = max((stop - start for sample in samples for start, stop in sample.answer_spans), default=0)
     others = list({text for sample in samples for answers in sample.answers for text in answers[1:]})
     encoded = tokenizer(others, add_special_tokens=False)["input_ids"] if others else []
-    return max([spans, *map(len, encoded)]) + MARGIN
+    parts = max((len(answers) for sample in samples if sample.all_answers for answers in sample.answers), default=0)
+    return max([spans, *map(len, encoded)]) + MARGIN + LISTED * parts
 
 
 def generate_answers(
@@ -147,6 +153,7 @@ class _Question:
     context: int  # tokens of the prompt before the first question
     reference: list[int]
     answers: tuple[str, ...]
+    all_answers: bool = False
 
     def check(self, limit: int, stop_ids: Collection[int]) -> None:
         if len(self.reference) > limit:
@@ -171,6 +178,7 @@ class _Question:
     ) -> Answer:
         ended = bool(ids) and ids[-1] in stop_ids
         text = tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True)
+        whole = (target_text(self.answers, True),) if self.all_answers else self.answers
         return Answer(
             task,
             self.id,
@@ -178,8 +186,9 @@ class _Question:
             # A reference that does not end with a stop token is matched as far as it goes, as parallel scoring does.
             exact=ids[: len(self.reference)] == self.reference,
             tokens=len(self.reference),
-            exact_match=exact_match(text, self.answers),
-            f1=f1(text, self.answers),
+            exact_match=exact_match(text, whole),
+            f1=f1(text, whole),
+            string_match=string_match(text, self.answers, self.all_answers),
             text=text,
             generated_tokens=len(ids),
             hit_limit=not ended,
@@ -193,7 +202,8 @@ def _questions(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> list[_Ques
     for number, (name, (start, stop)) in enumerate(zip(answer_ids(sample), sample.answer_spans, strict=True)):
         reference = sample.input_ids[start:stop]
         texts = sample.answers[number] if named else (tokenizer.decode(reference, skip_special_tokens=True),)
-        found.append(_Question(name, sample.input_ids[:start], sample.context_length, reference, texts))
+        every = named and sample.all_answers
+        found.append(_Question(name, sample.input_ids[:start], sample.context_length, reference, texts, every))
     return found
 
 

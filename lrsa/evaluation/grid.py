@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lrsa.attention import from_conf
 from lrsa.config import EvaluationConf, GenerateConf
-from lrsa.data import Sample, SampleSet
+from lrsa.data import Sample, SampleSet, build_samples
 from lrsa.evaluation.cells import Cell, Column, generate_cell, score_cell
 from lrsa.evaluation.generate import Answer, stop_tokens
 from lrsa.evaluation.progress import CellProgress
@@ -99,7 +99,7 @@ def evaluate(
                 title = f"{task.name} {'no context' if factor is None else 'full' if factor == 1 else f'{factor:g}x'}"
                 if prompts.fingerprint not in made:
                     bar.start(f"{task.name}: building prompts", len(prompts))
-                    made = {prompts.fingerprint: [prompts[index] for index in range(len(prompts))]}
+                    made = {prompts.fingerprint: build_samples(prompts, bar.advance)}
                 samples = made[prompts.fingerprint]
                 used = None if attention is None or factor is None else attention.with_compression(factor)
                 column = Column(task.name, samples, used, factor)

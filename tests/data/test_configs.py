@@ -11,7 +11,7 @@ from lrsa.data.sources import source_args
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 DATA = sorted(CONF.glob("data/*.yaml"))
-TASKS = sorted(CONF.glob("task/*.yaml"))
+TASKS = sorted(file for file in CONF.glob("task/*.yaml") if "defaults" not in OmegaConf.load(file))  # no groups
 
 
 def read(schema: type, file: Path):
