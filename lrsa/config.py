@@ -135,6 +135,7 @@ class EvaluationConf:
     attention: AttentionConf = field(default_factory=AttentionConf)
     compressions: list[float] = field(default_factory=lambda: [1, 2, 4, 8, 16])  # 1: full cache
     floor: bool = True  # also score without the context
+    ceiling: bool = False  # also score with the gold documents alone, full cache
     length: int | None = None  # default: data.length
     batch_size: int = 8
     precision: str = "32-true"  # or bf16-mixed
