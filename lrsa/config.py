@@ -136,6 +136,7 @@ class EvaluationConf:
     attention: AttentionConf = field(default_factory=AttentionConf)
     compressions: list[float] = field(default_factory=lambda: [1, 2, 4, 8, 16])  # 1: full cache
     floor: bool = True  # also score without the context
+    ceiling: bool = False  # also score with the gold documents alone, full cache
     length: int | None = None  # default: data.length
     batch_size: int = 8
     precision: str = "32-true"  # or bf16-mixed
@@ -224,6 +225,7 @@ class TableConf:
     compressions: list[float] = field(default_factory=list)  # columns, 1 for the full cache; []: all, and the floor
     names: Any = None  # {arm or task: as displayed}; Any, for Hydra refuses new keys of a typed mapping without a `+`
     metric: str = "exact"  # or nll; exact_match, f1, string_match of generated answers
+    retention: str | None = None  # own, reference: of the metric, the share of whose full score; null: the score itself
     formats: list[str] = field(default_factory=lambda: ["markdown", "latex", "csv"])
     figure: bool = True
     bootstrap: int = 10_000

@@ -7,7 +7,7 @@ import shlex
 import sys
 import warnings
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
@@ -18,6 +18,7 @@ from lrsa.config import TableConf, config_dir, register_configs
 from lrsa.results.figures import accuracy_figure, loss_figure, save_figure
 from lrsa.results.formats import to_console, write_table
 from lrsa.results.record import Record
+from lrsa.results.retention import build_retention
 from lrsa.results.store import load_records
 from lrsa.results.tables import ResultTable, build_table, plot_frame
 
@@ -38,18 +39,21 @@ def build(conf: TableConf, command: str = "lrsa-table") -> tuple[ResultTable, li
     folders = conf.records or [f"experiments/{conf.study}/records"]
     output = Path(conf.output or (f"experiments/{conf.study}" if conf.study else "tables"))
     records = load_records(*folders, study=conf.study)
-    table = build_table(
-        records,
-        title=conf.title,
-        arms=conf.arms,
-        tasks=conf.tasks,
-        compressions=conf.compressions,
-        reference=conf.reference,
-        names={key: str(name) for key, name in (conf.names or {}).items()},
-        metric=conf.metric,
-        n_resamples=conf.bootstrap,
-        rebuild=conf.rebuild or command,
-    )
+    wanted: dict[str, Any] = {
+        "title": conf.title,
+        "arms": conf.arms,
+        "tasks": conf.tasks,
+        "compressions": conf.compressions,
+        "reference": conf.reference,
+        "names": {key: str(name) for key, name in (conf.names or {}).items()},
+        "metric": conf.metric,
+        "n_resamples": conf.bootstrap,
+        "rebuild": conf.rebuild or command,
+    }
+    if conf.retention is not None:
+        table = build_retention(records, of=conf.retention, **wanted)
+        return table, write_table(table, output, conf.formats, stem="retention")
+    table = build_table(records, **wanted)
     written = write_table(table, output, conf.formats)
     if conf.figure:
         written += _write_figures(table, records, output)

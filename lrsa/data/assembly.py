@@ -70,6 +70,8 @@ class SampleSet(Dataset[Sample]):
     length: tokens of every sample with documents, T; None: no filler, as long as the example is. Conversations and
     prompt-answer rows keep their own length, at most T.
     context=False: the questions alone, without instruction or documents (the no-context floor), under the same ids.
+    gold_only=True: the supporting documents alone, without other passages, needles or filler (the ceiling); as long as
+    they are, whatever `length`.
     stream: name of the random stream; training uses `train/<part>/<run seed>`, evaluation `evaluation`, and every draw
     is keyed by it, so equal seeds never give equal draws.
     Iterating and `len` follow `conf.limit`; None means every question once (200 contexts of a synthetic source).
@@ -83,12 +85,14 @@ class SampleSet(Dataset[Sample]):
         length: int | None,
         context: bool = True,
         *,
+        gold_only: bool = False,
         stream: str = "evaluation",
         cache_dir: Path | None = None,
         loaded: Loaded | None = None,
     ) -> None:
         conf = plain_conf(conf)
-        self.conf, self.length, self.context, self.stream = conf, length if context else None, context, stream
+        self.conf, self.context, self.stream = conf, context, stream
+        self.gold_only, self.length = gold_only, length if context and not gold_only else None
         self.args = source_args(conf)
         if conf.questions < 1:
             raise ValueError(f"questions={conf.questions} must be at least 1")
@@ -157,6 +161,7 @@ class SampleSet(Dataset[Sample]):
             "questions": self.conf.questions,
             "length": self.length,
             "context": self.context,
+            "gold_only": self.gold_only,
             "template": self.template,
             "truncation": "none",
         }
@@ -175,6 +180,7 @@ class SampleSet(Dataset[Sample]):
             "args": {k: v for k, v in self.args.items() if k not in ("config", "revision", "asked", "answer_prefix")}
         }
         said |= {"length": self.length, "context": self.context, "stream": self.stream}
+        said |= {"gold_only": True} if self.gold_only else {}
         filler = self.filler.fingerprint if self.filler else ""
         parts = [RULE, json.dumps(said, sort_keys=True, default=str), self.store.fingerprint, self.template, filler]
         first = [draw_context(self.conf, index, self.stream) for index in range(_DRAWS)] if self.synthetic else []
@@ -318,18 +324,20 @@ class SampleSet(Dataset[Sample]):
     def _documents(self, examples: list[Example]) -> tuple[list[Ids], list[Ids]]:
         """Ids of what must be in the context (gold; all needles), and of the examples' own other passages."""
         if self.synthetic:
-            texts = [SAME_PARAGRAPH + d.text for d in examples[0].documents]
+            held = {d.text for e in examples for d in e.documents if d.is_supporting or not self.gold_only}
+            texts = [SAME_PARAGRAPH + d.text for d in examples[0].documents if d.text in held]
             if self.task is not None and self.task.least is not None:  # a context of its own
-                texts[0] = NEW_PARAGRAPH + examples[0].documents[0].text
+                texts[0] = NEW_PARAGRAPH + texts[0].removeprefix(SAME_PARAGRAPH)
             return self.store.encode(texts), []
         supporting = dict.fromkeys(d.text for e in examples for d in e.documents if d.is_supporting)
         unique = {d.text: d for e in examples for d in e.documents}
         gold = [self.store.get(self._passage(unique[text])) for text in supporting]
-        return gold, [self.store.get(self._passage(d)) for text, d in unique.items() if text not in supporting]
+        others = () if self.gold_only else unique.items()
+        return gold, [self.store.get(self._passage(d)) for text, d in others if text not in supporting]
 
     def _asked(self, examples: list[Example]) -> list[int]:
         """Positions, in the gold list, of the passages that the questions need."""
-        if self.synthetic:
+        if self.synthetic and not self.gold_only:
             return [k for e in examples for k, d in enumerate(e.documents) if d.is_supporting]
         return list(range(len({d.text for e in examples for d in e.documents if d.is_supporting})))
 

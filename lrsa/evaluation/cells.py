@@ -25,12 +25,16 @@ OnBatch = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Column:
-    """What a cell is of: a task's samples under `attention`, at nominal `compression` (1: full, None: no context)."""
+    """What a cell is of: a task's samples under `attention`, at nominal `compression` (1: full, None: no context).
+
+    context: how much of it the samples have: full, none, or gold, their gold documents alone.
+    """
 
     task: str
     samples: Sequence[Sample]
     attention: SparseAttentionConfig | None
     compression: float | None
+    context: str = "full"
 
 
 def score_cell(
@@ -51,6 +55,7 @@ def score_cell(
         precision=conf.precision,
         task=column.task,
         compression=column.compression,
+        context=column.context,
         on_batch=on_batch,
     )
     seconds = time.perf_counter() - clock
@@ -92,6 +97,7 @@ def generate_cell(
         precision=conf.precision,
         task=column.task,
         compression=column.compression,
+        context=column.context,
         block_size=settings.block_size,
         press=press,
         on_batch=on_batch,
@@ -117,7 +123,7 @@ def generate_cell(
 def _summary(
     column: Column, outcomes: Sequence[Outcome] | Sequence[Answer], metrics: Sequence[str], resamples: int
 ) -> Cell:
-    cell: Cell = {"task": column.task, "compression": column.compression, "n": len(outcomes)}
+    cell: Cell = {"task": column.task, "compression": column.compression, "context": column.context, "n": len(outcomes)}
     for name in metrics:
         estimate = bootstrap_mean([float(getattr(outcome, name)) for outcome in outcomes], resamples)
         cell |= {name: estimate.mean, f"{name}_low": estimate.low, f"{name}_high": estimate.high}

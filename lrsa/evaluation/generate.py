@@ -46,6 +46,7 @@ class Answer:
     text: str
     generated_tokens: int  # the stop token included
     hit_limit: bool  # no stop token came within max_new_tokens
+    context: str = "full"  # none: without it; gold: its gold documents alone
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ def generate_answers(
     precision: str = "32-true",
     task: str = "",
     compression: float | None = 1,
+    context: str = "full",
     block_size: int | None = None,
     press: Any = None,
     on_batch: Callable[[int, int], None] | None = None,
@@ -110,7 +112,7 @@ def generate_answers(
         stop_ids: a row ends with the first of these (`stop_tokens`).
         max_new_tokens: an answer is cut there; None: `token_limit`.
         precision: 32-true, or bf16-mixed for bfloat16 autocast.
-        task, compression: copied into the outcomes.
+        task, compression, context: copied into the outcomes.
         block_size: tokens of the prompt read at once; None: all.
         press: of kvpress (`peers.build_press`), which compresses the context before the question is read; `attention`
             is then None.
@@ -137,10 +139,10 @@ def generate_answers(
     with evaluating(model, attention), torch.no_grad(), autocast(model.device, precision):
         for indices in batches_of_similar_length([len(question.prompt) for question in questions], batch_size):
             rows = [questions[index] for index in indices]
-            prompts, pad_id, context = [row.prompt for row in rows], pad_id_of(tokenizer), rows[0].context
-            answers = _generate(model, prompts, pad_id, stop_ids, limit, block_size, measured, press, context)
+            prompts, pad_id, before = [row.prompt for row in rows], pad_id_of(tokenizer), rows[0].context
+            answers = _generate(model, prompts, pad_id, stop_ids, limit, block_size, measured, press, before)
             for index, row, ids in zip(indices, rows, answers, strict=True):
-                outcomes[index] = row.outcome(ids, stop_ids, tokenizer, task, compression)
+                outcomes[index] = row.outcome(ids, stop_ids, tokenizer, task, compression, context)
             if on_batch is not None:
                 on_batch(len(rows), sum(len(row.prompt) for row in rows) + sum(map(len, answers)))
     return Answers([outcomes[index] for index in range(len(questions))], measured.facts(), limit)
@@ -175,6 +177,7 @@ class _Question:
         tokenizer: PreTrainedTokenizerBase,
         task: str,
         compression: float | None,
+        context: str,
     ) -> Answer:
         ended = bool(ids) and ids[-1] in stop_ids
         text = tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True)
@@ -192,6 +195,7 @@ class _Question:
             text=text,
             generated_tokens=len(ids),
             hit_limit=not ended,
+            context=context,
         )
 
 

@@ -12,6 +12,7 @@ from lrsa.attention import from_conf
 from lrsa.config import EvaluationConf, GenerateConf
 from lrsa.data import Sample, SampleSet, build_samples
 from lrsa.evaluation.cells import Cell, Column, generate_cell, score_cell
+from lrsa.evaluation.errors import EvaluationInputError
 from lrsa.evaluation.generate import Answer, stop_tokens
 from lrsa.evaluation.progress import CellProgress
 from lrsa.evaluation.scoring import Outcome
@@ -19,18 +20,27 @@ from lrsa.evaluation.scoring import Outcome
 
 @dataclass(frozen=True)
 class Task:
-    """A task's prompts, with the context and (for the floor) without."""
+    """A task's prompts, with the context, and where asked for without (the floor) and with its gold alone (`gold`)."""
 
     name: str
     prompts: SampleSet
     floor: SampleSet | None
+    gold: SampleSet | None = None
 
     def facts(self) -> list[dict[str, Any]]:
         """For the record."""
         facts = [{**self.prompts.describe(), "name": self.name}]
         if self.floor is not None:
             facts.append({**self.floor.describe(), "name": f"{self.name} without context"})
+        if self.gold is not None:
+            facts.append({**self.gold.describe(), "name": f"{self.name} with its gold documents alone"})
         return facts
+
+    def columns(self, compressions: Sequence[float]) -> list[tuple[str, float | None, SampleSet]]:
+        """Context, nominal compression and prompts of each cell: floor, gold, then the whole context compressed."""
+        yardsticks = [("none", None, self.floor), ("gold", 1.0, self.gold)]
+        wanted = [(context, factor, prompts) for context, factor, prompts in yardsticks if prompts is not None]
+        return wanted + [("full", factor, self.prompts) for factor in compressions]
 
     def stop_tokens(self, tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
         """What ends a generated answer, id to text."""
@@ -50,11 +60,25 @@ def load_tasks(tokenizer: PreTrainedTokenizerBase, conf: EvaluationConf, length:
             prompts = SampleSet(examples, tokenizer, length)
             prompts.check(len(prompts))
             floor = SampleSet(examples, tokenizer, None, context=False, loaded=prompts.loaded) if conf.floor else None
+            gold = SampleSet(examples, tokenizer, None, gold_only=True, loaded=prompts.loaded) if conf.ceiling else None
+            if gold is not None:
+                _check_gold(gold)
         except (ValueError, OSError) as error:
             error.add_note(f"in evaluation.tasks.{name}")
             raise
-        tasks.append(Task(name, prompts, floor))
+        tasks.append(Task(name, prompts, floor, gold))
     return tasks
+
+
+def _check_gold(gold: SampleSet) -> None:
+    for index in range(1 if gold.synthetic else len(gold)):
+        for example in gold.examples_of(index):
+            if example.documents and not any(document.is_supporting for document in example.documents):
+                raise EvaluationInputError(
+                    f"evaluation.ceiling=true asks with the gold documents alone, but example {example.id} of "
+                    f"{gold.loaded.origin} has {len(example.documents)} documents and none with is_supporting=true: "
+                    "mark those that its answer needs, or set evaluation.ceiling=false"
+                )
 
 
 def evaluate(
@@ -67,7 +91,8 @@ def evaluate(
     generate: GenerateConf | None = None,
     progress: bool = True,
 ) -> tuple[list[Cell], list[Outcome] | list[Answer]]:
-    """Evaluate `model` on every task at every compression, and without the context (`conf.floor`).
+    """Evaluate `model` on every task at every compression, without the context (`conf.floor`), and with the gold
+    documents alone (`conf.ceiling`).
 
     Args:
         length: tokens a prompt with its answer, T, where `conf.length` is not set.
@@ -91,18 +116,15 @@ def evaluate(
     outcomes: list[Any] = []
     with CellProgress("scoring" if generate is None else "generating", progress) as bar:
         for task in load_tasks(tokenizer, conf, length) if tasks is None else tasks:
-            columns: list[tuple[float | None, SampleSet]] = [(factor, task.prompts) for factor in conf.compressions]
-            if task.floor is not None:
-                columns.insert(0, (None, task.floor))
             made: dict[str, list[Sample]] = {}
-            for factor, prompts in columns:
-                title = f"{task.name} {'no context' if factor is None else 'full' if factor == 1 else f'{factor:g}x'}"
+            for context, factor, prompts in task.columns(conf.compressions):
+                title = f"{task.name} {_title(context, factor)}"
                 if prompts.fingerprint not in made:
                     bar.start(f"{task.name}: building prompts", len(prompts))
                     made = {prompts.fingerprint: build_samples(prompts, bar.advance)}
                 samples = made[prompts.fingerprint]
                 used = None if attention is None or factor is None else attention.with_compression(factor)
-                column = Column(task.name, samples, used, factor)
+                column = Column(task.name, samples, used, factor, context)
                 cell: Cell
                 found: Sequence[Outcome] | Sequence[Answer]
                 if generate is None:
@@ -113,10 +135,16 @@ def evaluate(
                     stop_ids = list(task.stop_tokens(tokenizer))
                     cell, found = generate_cell(model, tokenizer, column, conf, generate, stop_ids, bar.advance)
                 cell["data_fingerprint"] = prompts.fingerprint
-                if factor is None:
+                if context != "full":
                     cell["measured_ratio"] = None  # another prompt, not a compressed one
                 cells.append(cell)
                 outcomes += found
                 f1 = f", F1 {100 * cell['f1']:.1f}" if "f1" in cell else ""
                 bar.finish(f"{title}: {100 * cell['exact']:.1f} %{f1}, n {cell['n']}, {cell['seconds']:.1f} s")
     return cells, outcomes
+
+
+def _title(context: str, factor: float | None) -> str:
+    if context != "full" or factor is None:
+        return "gold documents alone" if context == "gold" else "no context"
+    return "full" if factor == 1 else f"{factor:g}x"

@@ -31,6 +31,7 @@ class Outcome:
     exact: bool
     nll: float
     tokens: int
+    context: str = "full"  # none: without it; gold: its gold documents alone
 
 
 def score(
@@ -43,6 +44,7 @@ def score(
     precision: str = "32-true",
     task: str = "",
     compression: float | None = 1,
+    context: str = "full",
     on_batch: Callable[[int, int], None] | None = None,
 ) -> list[Outcome]:
     """Score every answer of every sample, in the order of `samples`.
@@ -53,7 +55,7 @@ def score(
     Args:
         attention: used for these forward passes; None is the full cache.
         precision: 32-true, or bf16-mixed for bfloat16 autocast.
-        task, compression: copied into the outcomes.
+        task, compression, context: copied into the outcomes.
         on_batch: called with (samples, tokens) after each batch.
 
     Raises:
@@ -87,7 +89,7 @@ def score(
                     start = answer.stop
                     exact = bool(is_right[answer].all())
                     outcomes[index].append(
-                        Outcome(task, name, compression, exact, float(nll[answer].mean()), stop - first)
+                        Outcome(task, name, compression, exact, float(nll[answer].mean()), stop - first, context)
                     )
             if start != targets.numel():
                 raise ValueError(

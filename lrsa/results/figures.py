@@ -46,7 +46,7 @@ STYLE: Any = {
 
 def accuracy_figure(cells: pd.DataFrame) -> Figure:
     """Exact match (%) against the measured ratio, a panel a task, a line an arm with its 95% band; dotted: the arm's
-    floor.
+    floor, dash-dotted: with the gold documents alone.
 
     `cells` has a row a (task, arm, compression): `store.cells_frame` of one run, or `tables.plot_frame` of a table,
     with `exact`, `exact_low`, `exact_high` as fractions; with `partner`, an arm and the one that it is compared with
@@ -73,7 +73,7 @@ def accuracy_figure(cells: pd.DataFrame) -> Figure:
             axes.grid(axis="y", color="0.9", linewidth=0.5)
             axes.set_axisbelow(True)
         _label_outer(panels, "KV compression, measured (full / kept)", "exact match, %")
-        _legend(figure, panels, floor=bool(cells["compression"].isna().any()))
+        _legend(figure, panels, bool(cells["compression"].isna().any()), bool((cells["column"] == "gold").any()))
     return figure
 
 
@@ -106,6 +106,11 @@ def _draw_arm(axes: Axes, cells: pd.DataFrame, arm: str, index: int, count: int,
             linestyle=(-2.5 * index, (1, 2.5 * count - 1)) if count > 1 else ":",
             zorder=2,
         )
+    for gold in 100 * cells.loc[cells["column"] == "gold", "exact"].to_numpy(dtype=float):
+        axes.axhline(gold, color=colour, linewidth=0.8, linestyle=_GOLD, zorder=2)
+
+
+_GOLD: Any = (0, (7, 2, 1, 2))
 
 
 def loss_figure(records: Sequence[Record], names: Mapping[str, str] | None = None) -> Figure:
@@ -144,7 +149,7 @@ def loss_figure(records: Sequence[Record], names: Mapping[str, str] | None = Non
         axes.yaxis.set_minor_locator(NullLocator())
         axes.grid(axis="y", color="0.9", linewidth=0.5)
         _label_outer([axes], "optimiser step", "loss, nats a token")
-        _legend(figure, [axes], floor=False)
+        _legend(figure, [axes])
     return figure
 
 
@@ -210,11 +215,14 @@ def _label_outer(panels: Sequence[Axes], x: str, y: str) -> None:
         figure.supxlabel(x, fontsize=STYLE["axes.labelsize"])  # type: ignore[union-attr]
 
 
-def _legend(figure: Figure, panels: Sequence[Axes], floor: bool) -> None:
+def _legend(figure: Figure, panels: Sequence[Axes], floor: bool = False, gold: bool = False) -> None:
     handles, labels = panels[0].get_legend_handles_labels()
     if floor:
         handles.append(mpl.lines.Line2D([], [], color="0.4", linewidth=1.0, linestyle=(0, (1, 3))))
         labels.append("without the context")
+    if gold:
+        handles.append(mpl.lines.Line2D([], [], color="0.4", linewidth=0.8, linestyle=_GOLD))
+        labels.append("gold documents alone")
     room = 56 if len(panels) == 1 else 100  # characters a legend row holds at this size
     widths = [8 + len(label) for label in labels]  # a line and the space between entries count as 8
     fitting = (n for n in range(len(labels), 1, -1) if n * max(widths, default=0) <= room)  # columns are equally wide

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from lrsa.results.record import write_atomically
 from lrsa.results.statistics import Interval
-from lrsa.results.tables import MISSING, Cell, ResultTable, Row
+from lrsa.results.tables import Cell, ResultTable, Row
 
 MIXED = "see cells"
 
@@ -49,10 +49,10 @@ def _markdown_line(cells: Sequence[str]) -> str:
 
 
 def _markdown_cell(table: ResultTable, row: Row, cell: Cell) -> str:
+    size = "" if row.size or cell.weight is None else f" n={cell.weight.size}"
     if cell.interval is None:
-        return MISSING
+        return cell.absent + size
     mean, low, high = _numbers(table, cell.interval)
-    size = "" if row.size else f" n={cell.interval.size}"
     return f"{f'**{mean}**' if cell.best else mean} [{low}, {high}]{size}"
 
 
@@ -115,14 +115,14 @@ def _latex_rows(table: ResultTable, rows: Sequence[Row]) -> list[str]:
 
 def _latex_cell(table: ResultTable, row: Row, cell: Cell) -> str:
     interval = cell.interval
+    size = "" if row.size or cell.weight is None else rf"\,{{\scriptsize($n$={_latex_size(cell.weight.size)})}}"
     if interval is None:
-        return rf"\emph{{{MISSING}}}"
+        return rf"\emph{{{cell.absent}}}{size}"
     scale, digits = table.metric.scale, table.metric.digits
     mean = interval.number(interval.mean, scale, digits)
     # bounds as printed must add up to the bounds themselves, so each is rounded before it is subtracted
     ends = [round(value * scale, digits) for value in (interval.low, interval.mean, interval.high)]
     down, up = abs(round(ends[1] - ends[0], digits)), abs(round(ends[2] - ends[1], digits))
-    size = "" if row.size else rf"\,{{\scriptsize($n$={_latex_size(interval.size)})}}"
     if cell.best:
         mean = rf"\mathbf{{{mean}}}"
     return f"${mean}_{{-{down:.{digits}f}}}^{{+{up:.{digits}f}}}${size}"
@@ -187,13 +187,15 @@ def to_csv(table: ResultTable) -> str:
                     column.label,
                     _short(cell.measured_ratio),
                 ]
-                writer.writerow(head + _csv_interval(cell.interval) + [int(cell.best) if kind == "value" else ""])
+                writer.writerow(head + _csv_interval(cell) + [int(cell.best) if kind == "value" else ""])
     return out.getvalue()
 
 
-def _csv_interval(interval: Interval | None) -> list[str]:
+def _csv_interval(cell: Cell) -> list[str]:
+    interval = cell.interval
     if interval is None:
-        return [MISSING, "", "", "", "", ""]
+        size = [] if cell.unclear is None else [str(cell.unclear.n), str(cell.unclear.seeds)]
+        return [cell.absent, "", "", *(size or ["", ""]), ""]
     return [
         *(_short(value) for value in (interval.mean, interval.low, interval.high)),
         str(interval.n),
@@ -231,12 +233,12 @@ def _console_task(table: ResultTable, rows: Sequence[Row], values: bool) -> Tabl
 
 def _console_cell(table: ResultTable, row: Row, cell: Cell, values: bool) -> Text:
     interval = cell.interval
+    size = "" if row.size or cell.weight is None else f"\nn={cell.weight.size}"
     if interval is None:
-        return Text(MISSING, style="yellow")
+        return Text(cell.absent + size, style="yellow")
     mean, low, high = _numbers(table, interval)
     low, high = low.lstrip("+"), high.lstrip("+")  # six settings fit 80 columns, to the character
     clear = cell.best if values else interval.excludes_zero
-    size = "" if row.size else f"\nn={interval.size}"
     return Text.assemble((mean, "bold green" if clear else ""), (f"\n{low}..{high}{size}", "dim"))
 
 

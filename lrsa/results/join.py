@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lrsa.results.record import OUTCOMES_FILE, Record, RecordError
-from lrsa.results.statistics import Interval, mean_over_seeds, paired_difference
-from lrsa.results.store import compression_label
+from lrsa.results.statistics import Interval, Retention, mean_over_seeds, paired_difference, retention
+from lrsa.results.store import Setting
 
 
 class TableWarning(UserWarning):
     """Something that a reader of the table must know."""
 
 
-Key = tuple[str, str, float | None]  # arm, task, compression
+FLOOR, FULL = Setting(None, "none"), Setting(1)
+Key = tuple[str, str, Setting]  # arm, task, what it was measured under
 
 
 @dataclass
@@ -26,11 +27,18 @@ class Measured:
     values: dict[int, dict[str, float]] = field(default_factory=dict)
     sources: dict[int, Record] = field(default_factory=dict)
     ratios: dict[int, float] = field(default_factory=dict)
+    kept: dict[int, tuple[float, float]] = field(default_factory=dict)  # slots a KV head, bytes of all: after a prompt
     fingerprints: set[str] = field(default_factory=set)
 
     @property
     def runs(self) -> list[dict[str, float]]:
         return [self.values[seed] for seed in sorted(self.values)]
+
+    def of_seeds(self, other: Measured) -> list[dict[str, float]] | None:
+        """Its runs of the seeds of `other`; None where it lacks one."""
+        return (
+            [self.values[seed] for seed in sorted(other.values)] if other.values.keys() <= self.values.keys() else None
+        )
 
     @property
     def mean(self) -> float:
@@ -48,7 +56,7 @@ class Joined:
     cells: dict[Key, Measured]
     n_resamples: int
     seed: int
-    _compared: dict[tuple[str, Key], Interval | None] = field(default_factory=dict)
+    _compared: dict[tuple[Key, Key], Interval | None] = field(default_factory=dict)
 
     def mean(self, key: Key) -> Interval | None:
         """Mean over seeds and examples; None for a cell that nobody measured."""
@@ -57,26 +65,56 @@ class Joined:
 
     def difference(self, key: Key, other: str) -> Interval | None:
         """The cell minus that of arm `other`, paired; None where either is missing. ValueError for other examples."""
-        if (other, key) not in self._compared:
-            arm, task, compression = key
-            a, b = self.cells.get(key), self.cells.get((other, task, compression))
+        (arm, task, setting), base = key, (other, *key[1:])
+        if (key, base) not in self._compared:
+            a, b = self.cells.get(key), self.cells.get(base)
             try:
                 compared = a and b and paired_difference(a.runs, b.runs, self.n_resamples, self.seed, (arm, other))
             except ValueError as error:
-                raise ValueError(f"{task} at {compression_label(compression)}: {error}") from error
-            self._compared[other, key] = compared or None
-        return self._compared[other, key]
+                raise ValueError(f"{task} at {setting.label}: {error}") from error
+            self._compared[key, base] = compared or None
+        return self._compared[key, base]
 
-    def best(self, arms: Sequence[str], task: str, compression: float | None, higher_is_better: bool) -> str | None:
-        """The arm that beats every other measured one, each paired interval clear of 0. The floor is no contest."""
-        present = [arm for arm in arms if (arm, task, compression) in self.cells]
-        if compression is None or len(present) < 2:
+    def retention(self, key: Key, other: str, higher_is_better: bool) -> Retention | None:
+        """The share of arm `other`'s gain with the full cache over its floor that the cell keeps over its own floor.
+
+        None where a cell is missing, or its floor or full in one of its seeds. ValueError for other examples.
+        """
+        arm, task, setting = key
+        wanted = (key, (arm, task, FLOOR), (other, task, FULL), (other, task, FLOOR))
+        if any(one not in self.cells for one in wanted):
             return None
-        means = {arm: self.cells[arm, task, compression].mean for arm in present}
+        kept, base, top, ground = (self.cells[one] for one in wanted)
+        score, floor = kept.runs, base.of_seeds(kept)
+        full, full_floor = (top.of_seeds(kept), None) if arm == other else (top.runs, ground.of_seeds(top))
+        if floor is None or full is None or (arm != other and full_floor is None):
+            return None
+        try:
+            found = retention(
+                score,
+                floor,
+                full,
+                full_floor,
+                higher_is_better=higher_is_better,
+                n_resamples=self.n_resamples,
+                seed=self.seed,
+            )
+        except ValueError as error:
+            raise ValueError(f"{task} at {setting.label}: {error}") from error
+        if found.share is None or key != wanted[2]:
+            return found
+        return replace(found, share=replace(found.share, low=1.0, high=1.0, method="definition"))
+
+    def best(self, arms: Sequence[str], task: str, setting: Setting, higher_is_better: bool) -> str | None:
+        """The arm that beats every other measured one, each paired interval clear of 0; of the whole context."""
+        present = [arm for arm in arms if (arm, task, setting) in self.cells]
+        if setting.context != "full" or len(present) < 2:
+            return None
+        means = {arm: self.cells[arm, task, setting].mean for arm in present}
         top = (max if higher_is_better else min)(present, key=means.__getitem__)
         for arm in present:
             if arm != top:
-                interval = self.difference((top, task, compression), arm)
+                interval = self.difference((top, task, setting), arm)
                 if interval is None or not interval.excludes_zero:
                     return None
         return top
@@ -94,27 +132,30 @@ def collect_cells(
     for record in sorted(records, key=lambda record: (record.finished or "", str(record.folder))):
         if arms and record.arm not in arms:
             continue
-        outcomes: dict[tuple[str, float | None], dict[str, dict[str, Any]]] = {}
+        outcomes: dict[tuple[str, Setting], dict[str, dict[str, Any]]] = {}
         for row in record.outcomes():
-            same = outcomes.setdefault((row["task"], row["compression"]), {})
+            same = outcomes.setdefault((row["task"], Setting.of(row)), {})
             if row["id"] in same:
-                what = f"example '{row['id']}' of {row['task']} at {compression_label(row['compression'])}"
+                what = f"example '{row['id']}' of {row['task']} at {Setting.of(row).label}"
                 raise RecordError(f"{record.folder / OUTCOMES_FILE}: {what} is there twice")
             same[row["id"]] = row
         for cell in record.cells:
-            task, compression = cell["task"], cell["compression"]
+            task, setting = cell["task"], Setting.of(cell)
             if (tasks and task not in tasks) or metric not in cell:
                 continue
-            examples = outcomes.get((task, compression), {})
+            examples = outcomes.get((task, setting), {})
             _check_agreement(record, cell, examples, metric)
-            into = found.setdefault((record.arm, task, compression), Measured())
-            _check_claim(into.sources.get(record.seed), record, task, compression)
+            into = found.setdefault((record.arm, task, setting), Measured())
+            _check_claim(into.sources.get(record.seed), record, f"{task} at {setting.label}")
             into.sources[record.seed] = record
             into.values[record.seed] = {
                 name: float("nan") if row[metric] is None else float(row[metric]) for name, row in examples.items()
             }
             if cell.get("measured_ratio") is not None:
                 into.ratios[record.seed] = float(cell["measured_ratio"])
+            bytes_held = cell.get("cache_bytes") or sum(cell.get("kv_bytes_per_layer") or [])
+            if bytes_held:
+                into.kept[record.seed] = (float(cell.get("cache_slots") or cell["slots"]), float(bytes_held))
             if cell.get("data_fingerprint"):
                 into.fingerprints.add(cell["data_fingerprint"])
     return found
@@ -123,7 +164,7 @@ def collect_cells(
 def _check_agreement(
     record: Record, cell: Mapping[str, Any], examples: Mapping[str, Mapping[str, Any]], metric: str
 ) -> None:
-    where = f"{record.path}: {cell['task']} at {compression_label(cell['compression'])}"
+    where = f"{record.path}: {cell['task']} at {Setting.of(cell).label}"
     if len(examples) != cell["n"] or not examples:
         raise RecordError(f"{where} says n={cell['n']}, {OUTCOMES_FILE} holds {len(examples)} examples")
     for name in dict.fromkeys(("exact", metric)):
@@ -135,10 +176,10 @@ def _check_agreement(
             raise RecordError(f"{where} says {name}={cell[name]}, the outcomes in {OUTCOMES_FILE} average {mean}")
 
 
-def _check_claim(before: Record | None, record: Record, task: str, compression: float | None) -> None:
+def _check_claim(before: Record | None, record: Record, where: str) -> None:
     if before is None:
         return
-    what = f"arm '{record.arm}', seed {record.seed}, {task} at {compression_label(compression)}"
+    what = f"arm '{record.arm}', seed {record.seed}, {where}"
     if before.id != record.id:
         raise RecordError(
             f"{before.path} and {record.path} are different experiments, and both give {what}; "

@@ -19,6 +19,7 @@ MaybeList = (list, type(None))
 CELL: dict[str, Any] = {
     "task": Text,
     "compression": MaybeNumber,  # 1: full cache; null: no context, the floor
+    "context?": Text,  # full, none, gold (its gold documents alone); absent: full, or none where compression is null
     "n": (int,),
     "exact": Number,  # fraction of examples, token for token
     "exact_low": Number,
@@ -82,6 +83,7 @@ OUTCOME: dict[str, Any] = {
     "task": Text,
     "id": Text,
     "compression": MaybeNumber,
+    "context?": Text,
     "exact": (bool,),
     "nll?": MaybeNumber,
     "tokens": (int,),  # of the reference

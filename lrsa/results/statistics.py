@@ -1,4 +1,4 @@
-"""Intervals: of a mean, and of the paired difference between two arms on the same examples.
+"""Intervals: of a mean, of the paired difference between two arms on the same examples, and of the share retained.
 
 Method. The percentile bootstrap (Efron & Tibshirani 1993, ch. 13) over examples, 95%. Not BCa: its acceleration is
 undefined for the constant samples that recall tasks produce, and on the means of 0/1 outcomes the two agree wherever
@@ -12,6 +12,11 @@ Several seeds. Every seed is scored on the same examples, so seeds and examples 
 independently (the pigeonhole bootstrap, Owen 2007, Ann. Appl. Stat. 1:386). Resampling S seeds understates their
 variance by (S - 1)/S, which is put right by stretching their weights. Even so, three seeds say little about the spread
 between seeds.
+
+Retention. A ratio of two differences, numerator and denominator from the same resampled examples (and seeds, where they
+are of the same runs). A ratio whose denominator may be 0 has no bounded interval (Fieller 1954, J. R. Stat. Soc. B
+16:175): then there is none, rather than a wild one. Where few examples tell the numerator from 0, or from the
+denominator, Bonett & Price's interval of that difference, over the denominator, bounds the ratio's from within.
 
 What no interval here knows: examples that share a paragraph are treated as independent, and many comparisons in one
 table are not corrected for each other.
@@ -121,6 +126,66 @@ def paired_difference(
     return Interval(mean, min(low, mean), max(high, mean), n, seeds, method, difference=True)
 
 
+@dataclass(frozen=True)
+class Retention:
+    """`share`: (score - floor) / (full - floor), 1 where everything is retained; None where `whole`, full - floor, is
+    not clear of 0, so that there is nothing to retain a share of.
+    """
+
+    share: Interval | None
+    whole: Interval
+
+
+def retention(
+    score: Runs,
+    floor: Runs,
+    full: Runs,
+    full_floor: Runs | None = None,
+    *,
+    higher_is_better: bool = True,
+    n_resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Retention:
+    """The share of full - full_floor that is left as score - floor, paired by example id.
+
+    full_floor: of the model that `full` is of, whose seeds are resampled independently; None: the same model, so that
+    all three hold the same seeds in the same order, resampled together.
+
+    Raises ValueError when the example ids differ, or for runs of one model that are not as many.
+    """
+    names = {"score": score, "floor": floor, "full": full, "floor of full": floor if full_floor is None else full_floor}
+    (kept, base, top, ground), n = _aligned(names)
+    for pair in ((kept, base), (top, ground)):
+        if pair[0].shape != pair[1].shape:
+            raise ValueError(f"a score has {len(pair[0])} seeds and its floor {len(pair[1])}: give both of each run")
+    sign = 1.0 if higher_is_better else -1.0
+    whole = paired_difference(full, names["floor of full"], n_resamples, seed, ("full", "floor"))
+    rng = np.random.default_rng(seed)
+    stacked = np.concatenate([kept, base, top, ground])
+    draws = np.split(_column_means(stacked, n_resamples, rng), np.cumsum([len(kept), len(base), len(top)]), axis=1)
+    weights = _seed_weights(n_resamples, len(kept), rng)
+    others = weights if full_floor is None else _seed_weights(n_resamples, len(top), rng)
+    gains = sign * ((draws[0] - draws[1]) * weights).sum(-1)
+    wholes = sign * ((draws[2] - draws[3]) * others).sum(-1)
+    gain, total = sign * float((kept - base).mean()), sign * float((top - ground).mean())
+    with np.errstate(all="ignore"):  # a draw without a positive denominator bounds the ratio on neither side
+        low = _percentiles(np.where(wholes > 0, gains / wholes, -np.inf))[0]
+        high = _percentiles(np.where(wholes > 0, gains / wholes, np.inf))[1]
+    if not (whole.excludes_zero and total > 0 and np.isfinite([low, high]).all()):
+        return Retention(None, whole)
+    method = "bootstrap"
+    if _is_binary(stacked):
+        each, lost = sign * (kept - base).mean(0), sign * ((kept - base).mean(0) - (top - ground).mean(0))
+        for shift, part in ((0.0, each), (1.0, lost)):
+            up, down = float(np.clip(part, 0, None).sum()), float(np.clip(-part, 0, None).sum())
+            if up + down < FEW_EVENTS:
+                under, over = (shift + bound / total for bound in _bonett_price(up, down, n))
+                low, high, method = min(low, under), max(high, over), "bonett-price"
+    mean = gain / total
+    seeds = max(len(kept), len(top))
+    return Retention(Interval(mean, min(low, mean), max(high, mean), n, seeds, method), whole)
+
+
 def wilson(successes: float, n: int) -> tuple[float, float]:
     """Wilson's 95% score interval of a proportion."""
     share, square = successes / n, Z * Z
@@ -174,11 +239,15 @@ def _column_means(matrix: Array, n_resamples: int, rng: np.random.Generator) -> 
 def _over_seeds(draws: Array, rng: np.random.Generator) -> Array:
     """Mean [R] over resampled seeds of `draws` [R, seeds]."""
     n_resamples, seeds = draws.shape
+    return np.asarray((draws * _seed_weights(n_resamples, seeds, rng)).sum(-1))
+
+
+def _seed_weights(n_resamples: int, seeds: int, rng: np.random.Generator) -> Array:
+    """Weights [R, seeds] of resampled seeds, stretched; a row adds up to 1."""
     if seeds == 1:
-        return draws[:, 0]
+        return np.ones((n_resamples, 1))
     weights = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=n_resamples) / seeds
-    stretched = 1 / seeds + (weights - 1 / seeds) * np.sqrt(seeds / (seeds - 1))
-    return np.asarray((draws * stretched).sum(-1))
+    return np.asarray(1 / seeds + (weights - 1 / seeds) * np.sqrt(seeds / (seeds - 1)))
 
 
 def _percentiles(sampled: Array) -> tuple[float, float]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -65,16 +65,35 @@ def _why_left_out(record: Record) -> str:
     return f"{record.path} left out: unfinished, started {record.started} (still running, or killed)"
 
 
-def compression_label(compression: float | None) -> str:
-    """`floor` for None, `full` for 1, else `4x`."""
-    if compression is None or compression != compression:  # NaN: a None that went through pandas
-        return "floor"
-    return "full" if compression == 1 else f"{compression:g}x"
+class Setting(NamedTuple):
+    """What a cell was measured under: nominal compression (1: full cache, None: no context), and how much of the
+    context there was: `full`, `none`, or `gold`, its gold documents alone.
+    """
 
+    compression: float | None
+    context: str = "full"
 
-def compression_order(compression: float | None) -> float:
-    """Sort key: the floor first, then rising compression."""
-    return 0.0 if compression is None or compression != compression else float(compression)
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> Setting:
+        """That of a cell or an outcome. Records from before the ceiling was measured say no `context`."""
+        compression = row["compression"]
+        return cls(compression, row.get("context") or ("none" if compression is None else "full"))
+
+    @property
+    def label(self) -> str:
+        """`floor` without the context, `gold` with its gold documents alone, else `full` or `4x`."""
+        if self.compression is None or self.context == "none":
+            return "floor"
+        if self.context != "full":
+            return self.context
+        return "full" if self.compression == 1 else f"{self.compression:g}x"
+
+    @property
+    def order(self) -> float:
+        """Sort key: the floor, the gold documents alone, then rising compression."""
+        if self.compression is None:
+            return 0.0
+        return float(self.compression) if self.context == "full" else 0.5
 
 
 # The columns that both frames begin with: what the run is, and which cell.
@@ -82,11 +101,11 @@ _LEADING = ["record", "command", "study", "arm", "seed", "column", "task", "comp
 
 
 def cells_frame(records: Sequence[Record]) -> pd.DataFrame:
-    """A row a cell: what the run is (record, command, study, arm, seed), `column` (`floor`, `full`, `4x`), and the
-    cell's fields.
+    """A row a cell: what the run is (record, command, study, arm, seed), `column` (`floor`, `gold`, `full`, `4x`),
+    and the cell's fields.
     """
     rows: list[dict[str, Any]] = [
-        {**_identity(record), "column": compression_label(cell["compression"]), **cell}
+        {**_identity(record), "column": Setting.of(cell).label, **cell, "context": Setting.of(cell).context}
         for record in records
         for cell in record.cells
     ]
@@ -109,9 +128,7 @@ def cells_frame(records: Sequence[Record]) -> pd.DataFrame:
 def outcomes_frame(records: Sequence[Record]) -> pd.DataFrame:
     """A row an example and cell: what the run is, `column`, and the outcome's own fields."""
     rows: list[dict[str, Any]] = [
-        {**_identity(record), "column": compression_label(row["compression"]), **row}
-        for record in records
-        for row in record.outcomes()
+        {**_identity(record), "column": Setting.of(row).label, **row} for record in records for row in record.outcomes()
     ]
     columns = [
         *_LEADING,

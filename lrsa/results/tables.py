@@ -12,9 +12,9 @@ import pandas as pd
 from lrsa.results.join import Joined, TableWarning, collect_cells
 from lrsa.results.record import Record, RecordError
 from lrsa.results.statistics import RESAMPLES, Interval
-from lrsa.results.store import compression_label, compression_order
+from lrsa.results.store import Setting
 
-MISSING = "missing"
+MISSING, UNCLEAR = "missing", "unclear"
 
 
 @dataclass(frozen=True)
@@ -42,20 +42,18 @@ GENERATED = ("exact_match", "f1", "string_match")  # of answers in words
 
 @dataclass(frozen=True)
 class Column:
-    """An inference setting: `compression` as asked for (None: no context), `measured` ratios over its cells (full cache
-    / kept).
-    """
+    """An inference setting, with the `measured` ratios over its cells (full cache / kept)."""
 
-    compression: float | None
+    setting: Setting
     measured: tuple[float, ...] = ()
 
     @property
     def label(self) -> str:
-        return compression_label(self.compression)
+        return self.setting.label
 
     @property
     def header(self) -> str:
-        """`floor`, `full`, `4x (3.37x)`, or `4x (3.30x to 3.37x)` where cells differ."""
+        """`floor`, `gold`, `full`, `4x (3.37x)`, or `4x (3.30x to 3.37x)` where cells differ."""
         shown = sorted({f"{ratio:.2f}x" for ratio in self.measured}, key=lambda text: float(text[:-1]))
         if not shown or (self.label == "full" and shown == ["1.00x"]):
             return self.label
@@ -64,13 +62,24 @@ class Column:
 
 @dataclass(frozen=True)
 class Cell:
-    """`interval` None: the cell was never measured. `best`: better than every other arm, each paired interval clear of
-    0.
+    """`interval` None: the cell was never measured, or is `unclear`: a share of this difference, which may be 0.
+    `best`: better than every other arm, each paired interval clear of 0.
     """
 
     interval: Interval | None = None
     measured_ratio: float | None = None
     best: bool = False
+    unclear: Interval | None = None
+
+    @property
+    def absent(self) -> str:
+        """What stands in place of a number."""
+        return MISSING if self.unclear is None else UNCLEAR
+
+    @property
+    def weight(self) -> Interval | None:
+        """What says the n behind the cell, whether it holds a number or not."""
+        return self.interval or self.unclear
 
 
 @dataclass(frozen=True)
@@ -85,7 +94,7 @@ class Row:
     @property
     def size(self) -> str | None:
         """`160` or `160 × 3 seeds` when all measured cells agree, else None: each cell then says its own."""
-        sizes = {cell.interval.size for cell in self.cells if cell.interval is not None}
+        sizes = {cell.weight.size for cell in self.cells if cell.weight is not None}
         return sizes.pop() if len(sizes) == 1 else None
 
 
@@ -135,17 +144,67 @@ def build_table(
     """Join `records` into a table: seeds of an arm together, arms paired by example.
 
     `arms` and `tasks` give rows and their order (default: all, arms by name, tasks as evaluated); one that no record
-    holds becomes `missing` cells. `compressions` choose the columns (default: all that were measured, and the floor).
+    holds becomes `missing` cells. `compressions` choose the columns (default: all that were measured, floor and gold
+    too).
     `reference` (default: the first arm) is what the differences are to, or for each arm that is to have one, its own.
     `names` are display names. Raises ValueError for an unknown metric or reference and for arms scored on different
     examples; RecordError where outcomes contradict the record's cells, two different experiments claim one cell, or
     nothing is left.
     """
+    chosen = select(records, metric, arms, tasks, compressions, reference, n_resamples, seed)
+    joined, arms, tasks, references = chosen.joined, chosen.arms, chosen.tasks, chosen.references
+    columns = columns_of(joined)
+    rows, differences = [], []
+    for task in tasks:
+        best = {c: joined.best(arms, task, c.setting, METRICS[metric].higher_is_better) for c in columns}
+        for arm in arms:
+            keys = [(arm, task, column.setting) for column in columns]
+            ratios = [joined.cells[key].ratio if key in joined.cells else None for key in keys]
+            wins = [best[column] == arm for column in columns]
+            rows.append(Row(task, arm, tuple(map(Cell, map(joined.mean, keys), ratios, wins))))
+            if arm in references:
+                gains = [joined.difference(key, references[arm]) for key in keys]
+                differences.append(Row(task, arm, tuple(map(Cell, gains, ratios)), references[arm]))
+    table = ResultTable(
+        title=title,
+        metric=METRICS[metric],
+        columns=columns,
+        rows=tuple(rows),
+        differences=tuple(differences),
+        reference=chosen.reference,
+        names=dict(names or {}),
+        rebuild=rebuild,
+    )
+    return replace(table, notes=notes_of(table, joined))
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a table is of. `references`: of each arm that has one; `reference`: that of all, or None."""
+
+    joined: Joined
+    arms: Sequence[str]
+    tasks: Sequence[str]
+    references: Mapping[str, str]
+    reference: str | None
+
+
+def select(
+    records: Sequence[Record],
+    metric: str,
+    arms: Sequence[str],
+    tasks: Sequence[str],
+    compressions: Sequence[float],
+    reference: str | Mapping[str, str] | None,
+    n_resamples: int,
+    seed: int,
+) -> Selection:
+    """The cells that `build_table` is asked for, with its arguments and its errors."""
     if metric not in METRICS:
         raise ValueError(f"unknown metric '{metric}'; choose from {', '.join(METRICS)}")
     cells = collect_cells(records, metric, arms, tasks)
     if compressions:
-        cells = {key: cell for key, cell in cells.items() if key[2] in compressions}
+        cells = {key: cell for key, cell in cells.items() if key[2] in map(Setting, compressions)}
     joined = Joined(cells, n_resamples, seed)
     arms = list(arms) or sorted({arm for arm, _, _ in joined.cells})
     tasks = list(tasks) or list(dict.fromkeys(task for _, task, _ in joined.cells))
@@ -162,57 +221,40 @@ def build_table(
         of = "" if metric == "exact" else f" with {metric}"
         how = "; only `lrsa-eval mode=generate` measures it" if metric in GENERATED else ""
         raise RecordError(f"the records hold no cell{of} of the arms and tasks asked for; arms there: {there}{how}")
-    columns = _columns(joined)
-    rows, differences = [], []
-    for task in tasks:
-        best = {c: joined.best(arms, task, c.compression, METRICS[metric].higher_is_better) for c in columns}
-        for arm in arms:
-            keys = [(arm, task, column.compression) for column in columns]
-            ratios = [joined.cells[key].ratio if key in joined.cells else None for key in keys]
-            wins = [best[column] == arm for column in columns]
-            rows.append(Row(task, arm, tuple(map(Cell, map(joined.mean, keys), ratios, wins))))
-            if arm in references:
-                gains = [joined.difference(key, references[arm]) for key in keys]
-                differences.append(Row(task, arm, tuple(map(Cell, gains, ratios)), references[arm]))
-    table = ResultTable(
-        title=title,
-        metric=METRICS[metric],
-        columns=columns,
-        rows=tuple(rows),
-        differences=tuple(differences),
-        reference=reference,
-        names=dict(names or {}),
-        rebuild=rebuild,
-    )
-    return replace(table, notes=_notes(table, joined))
+    return Selection(joined, arms, tasks, references, reference)
 
 
-def _columns(joined: Joined) -> tuple[Column, ...]:
-    ratios: dict[float | None, list[float]] = {}
-    for (_, _, compression), cell in joined.cells.items():
-        ratios.setdefault(compression, []).extend(cell.ratios.values())
-    return tuple(Column(c, tuple(ratios[c])) for c in sorted(ratios, key=compression_order))
+def columns_of(joined: Joined) -> tuple[Column, ...]:
+    """Every setting that a cell was measured under, the floor first."""
+    ratios: dict[Setting, list[float]] = {}
+    for (_, _, setting), cell in joined.cells.items():
+        ratios.setdefault(setting, []).extend(cell.ratios.values())
+    return tuple(Column(setting, tuple(ratios[setting])) for setting in sorted(ratios, key=lambda one: one.order))
 
 
-def _notes(table: ResultTable, joined: Joined) -> tuple[str, ...]:
+def notes_of(table: ResultTable, joined: Joined) -> tuple[str, ...]:
+    """What a reader must know of the numbers, the brackets and the gaps."""
     cells = [cell for row in table.rows for cell in row.cells]
-    over = "examples and seeds" if any(c.interval and c.interval.seeds > 1 for c in cells) else "examples"
+    over = "examples and seeds" if any(c.weight and c.weight.seeds > 1 for c in cells) else "examples"
     notes = [f"{table.metric.title[:1].upper()}{table.metric.title[1:]}, with its 95% interval over {over}."]
     if any(column.measured for column in table.columns):
         notes.append("In brackets after a compression: the measured ratio, full cache / kept.")
-    if any(column.compression is None for column in table.columns):
+    labels = {column.label for column in table.columns}
+    if "floor" in labels:
         notes.append("Floor: the same model without the context.")
+    if "gold" in labels:
+        notes.append("Gold: the same model with the gold documents alone, full cache.")
     if any(cell.best for cell in cells):
         notes.append("Bold: better than every other arm, each paired interval clear of 0.")
-    missing = sum(cell.interval is None for cell in cells)
+    missing = sum(cell.weight is None for cell in cells)
     if missing:
         notes.append(f"{missing} of {len(cells)} cells are missing: no finished record holds them.")
-    prints: dict[tuple[str, float | None], set[str]] = {}
-    for (_, task, compression), measured in joined.cells.items():
-        prints.setdefault((task, compression), set()).update(measured.fingerprints)
-    for (task, compression), found in prints.items():
+    prints: dict[tuple[str, Setting], set[str]] = {}
+    for (_, task, setting), measured in joined.cells.items():
+        prints.setdefault((task, setting), set()).update(measured.fingerprints)
+    for (task, setting), found in prints.items():
         if len(found) > 1:
-            where = f"{task} at {compression_label(compression)}"
+            where = f"{task} at {setting.label}"
             notes.append(f"The prompts of {where} were not the same in all runs: {len(found)} data fingerprints.")
             warnings.warn(notes[-1], TableWarning, stacklevel=3)
     return tuple(notes)
@@ -234,7 +276,7 @@ def plot_frame(table: ResultTable) -> pd.DataFrame:
             "arm": table.name(row.arm),
             "partner": partners.get(row.arm, ""),
             "column": column.label,
-            "compression": column.compression,
+            "compression": column.setting.compression,
             "measured_ratio": cell.measured_ratio,
             "n": cell.interval.n,
             "seeds": cell.interval.seeds,
@@ -258,7 +300,7 @@ def rows_for_logging(cells: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]
     return [
         {
             "task": cell["task"],
-            "compression": compression_label(cell["compression"]),
+            "compression": Setting.of(cell).label,
             "measured_ratio": cell.get("measured_ratio"),
             "exact_match": 100 * cell["exact"],
             "low": 100 * cell["exact_low"],

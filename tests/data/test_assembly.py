@@ -233,6 +233,44 @@ def test_no_context_is_the_question_alone_under_the_same_id(squad_folder, bytes_
         assert stop == b.length and b.gold_depth == ()
 
 
+def test_gold_alone_is_the_supporting_documents_under_the_same_id(tmp_path, bytes_tokenizer) -> None:
+    documents = [{"text": f"Document {k} of row {{row}}.", "is_supporting": k in (1, 3)} for k in range(5)]
+    rows = [
+        {"id": f"r{row}", "question": "Which?", "answers": ["two"]}
+        | {"documents": [one | {"text": one["text"].format(row=row)} for one in documents]}
+        for row in range(4)
+    ]
+    conf = ExamplesConf(source="jsonl", path=str(write_rows(tmp_path / "rows.jsonl", rows)))
+    whole = SampleSet(conf, bytes_tokenizer, 900)
+    gold = SampleSet(conf, bytes_tokenizer, 900, gold_only=True)
+    assert gold.fingerprint != whole.fingerprint and gold.describe()["gold_only"]
+    for a, b in zip(whole, gold, strict=True):
+        assert (a.id, a.question_ids, a.answers, len(b.gold_depth)) == (b.id, b.question_ids, b.answers, 2)
+        found = re.findall(r"Document (\d) of row (\d)", bytes_tokenizer.decode(b.input_ids))
+        assert sorted(found) == [("1", b.id[1]), ("3", b.id[1])]
+        assert b.length < 150 < a.length and "Read the documents" in bytes_tokenizer.decode(b.input_ids)
+
+
+@pytest.mark.parametrize("questions", [1, 3])
+def test_gold_alone_of_synthetic_contexts(words_tokenizer, questions) -> None:
+    conf = short_needles(questions=questions, limit=5)
+    whole, gold = SampleSet(conf, words_tokenizer, 400), SampleSet(conf, words_tokenizer, None, gold_only=True)
+    for index, (a, b) in enumerate(zip(whole, gold, strict=True)):
+        assert (a.id, a.question_ids, a.answers) == (b.id, b.question_ids, b.answers)
+        text = words_tokenizer.decode(b.input_ids)
+        asked = [d.text for e in gold.examples_of(index) for d in e.documents if d.is_supporting]
+        held = [
+            words_tokenizer.decode(words_tokenizer(statement, add_special_tokens=False).input_ids)
+            for statement in asked
+        ]
+        assert len(re.findall(r"(?<!is )the code of", text)) == len(b.gold_depth) == questions
+        assert all(statement in text for statement in held)
+    passkey = SampleSet(ExamplesConf(source="passkey", limit=2), words_tokenizer, None, gold_only=True)[0]
+    start, stop = passkey.answer_spans[0]
+    digits = [str(token) for token in passkey.input_ids[start : stop - 1]]
+    assert " ".join(digits) in " ".join(map(str, passkey.input_ids[:start]))
+
+
 def test_needles_of_a_sample_are_all_in_its_context(words_tokenizer) -> None:
     data = SampleSet(short_needles(limit=5), words_tokenizer, 400)
     for index, sample in enumerate(data):

@@ -1,4 +1,6 @@
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -8,6 +10,7 @@ from lrsa.config import AttentionConf, EvaluationConf, ExamplesConf, GenerateCon
 from lrsa.data import ContextTooLongError
 from lrsa.evaluation import evaluate, load_tasks
 from lrsa.evaluation.cells import measure_cache
+from lrsa.evaluation.errors import EvaluationInputError
 from lrsa.models import get_attention, set_attention
 from lrsa.results.schema import CELL, OUTCOME, check
 
@@ -75,6 +78,55 @@ def test_the_grid_of_generated_answers(
     texts = [{o.text for o in outcomes if o.compression == factor} for factor in (None, 1, 8)]
     assert texts[0] != texts[1] != texts[2], "compression and floor act"
     assert cells[1]["exact"] > cells[3]["exact"]
+
+
+@pytest.mark.parametrize("generate", [None, GenerateConf()], ids=["score", "generate"])
+def test_the_gold_documents_alone_are_the_ceiling(
+    conf: EvaluationConf,
+    recall_model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    generate: GenerateConf | None,
+) -> None:
+    conf.tasks = {"one": ExamplesConf(source="needles", limit=8, args=RECALL_ARGS)}
+    conf.length, conf.ceiling, conf.compressions = 300, True, [1, 8]
+    cells, outcomes = evaluate(recall_model, tokenizer, conf, generate=generate, progress=False)
+    settings = [(cell["context"], cell["compression"]) for cell in cells]
+    assert settings == [("none", None), ("gold", 1), ("full", 1), ("full", 8)]
+    for row in [*cells, *map(vars, outcomes)]:
+        check(row, CELL if "n" in row else OUTCOME)
+    ids = [[o.id for o in outcomes if (o.context, o.compression) == setting] for setting in settings]
+    assert len(set(ids[0])) == 8 and all(names == ids[0] for names in ids), "paired between columns"
+    floor, gold, full, _ = cells
+    assert floor["length"] < gold["length"] < 60 < full["length"]
+    assert gold["measured_ratio"] is None and gold["slots"] == gold["length"]
+    assert len({cell["data_fingerprint"] for cell in cells}) == 3
+    if generate is None:
+        assert len({cell["nll"] for cell in cells}) == 4, "each has a prompt of its own"
+    names = [fact["name"] for fact in load_tasks(tokenizer, conf, None)[0].facts()]
+    assert names == ["one", "one without context", "one with its gold documents alone"]
+
+
+def test_gold_documents_that_nobody_marked_are_asked_for(
+    conf: EvaluationConf, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    row = {"id": "r", "question": "river?", "answer": "lake", "documents": [{"text": "stone", "is_supporting": False}]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    conf.tasks = {"own": ExamplesConf(source="jsonl", path=str(tmp_path / "rows.jsonl"))}
+    load_tasks(tokenizer, conf, None)
+    conf.ceiling = True
+    with pytest.raises(
+        EvaluationInputError, match=r"example r of .* 1 documents and none with is_supporting=true: mark"
+    ):
+        load_tasks(tokenizer, conf, None)
+
+
+def test_rows_without_documents_have_a_ceiling_too(
+    conf: EvaluationConf, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "the river", "answer": "lake"}) + "\n")
+    conf.tasks, conf.ceiling = {"own": ExamplesConf(source="jsonl", path=str(tmp_path / "rows.jsonl"))}, True
+    cells, _ = evaluate(model, tokenizer, conf, progress=False)
+    assert cells[0]["nll"] == cells[1]["nll"] == cells[2]["nll"], "nothing to leave out"
 
 
 def test_no_floor_and_only_the_full_cache(

@@ -9,7 +9,8 @@ import pytest
 from lrsa.results import Record, bootstrap_mean
 
 RATIOS = {1: 1.0, 2: 1.9, 4: 3.37, 8: 5.56}
-Outcomes = Mapping[tuple[str, float | None], np.ndarray]  # (task, compression) -> right or wrong, by example
+# (task, compression, or "gold") -> right or wrong, by example
+Outcomes = Mapping[tuple[str, float | str | None], np.ndarray]
 MakeRun = Callable[..., Record]
 
 
@@ -29,7 +30,9 @@ def make_run(tmp_path: Path) -> MakeRun:
         config = {"recipe": {"name": arm, "knob": knob}, "run": {"seed": seed, "output_dir": str(run)}}
         record = Record.start(run, command="lrsa-train", study="synthetic", arm=arm, seed=seed, config=config)
         cells, rows = [], []
-        for (task, compression), right in outcomes.items():
+        for (task, column), right in outcomes.items():
+            compression = 1 if column == "gold" else column
+            context = {"context": "gold"} if column == "gold" else {}  # records from before say none
             interval = bootstrap_mean(right, 500)
             cells.append(
                 {
@@ -40,7 +43,8 @@ def make_run(tmp_path: Path) -> MakeRun:
                     "exact_low": interval.low,
                     "exact_high": interval.high,
                     "nll": 0.5,
-                    "measured_ratio": None if compression is None else RATIOS[int(compression)],
+                    "measured_ratio": None if compression is None or context else RATIOS[int(compression)],
+                    **context,
                     "data_fingerprint": f"{fingerprint}-{task}-{compression is None}",
                 }
             )
@@ -52,6 +56,7 @@ def make_run(tmp_path: Path) -> MakeRun:
                     "exact": bool(v),
                     "nll": 0.5 + i / 100,
                     "tokens": 3,
+                    **context,
                 }
                 for i, v in enumerate(right)
             ]

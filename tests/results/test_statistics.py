@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from lrsa.results.statistics import Interval, bootstrap_mean, mean_over_seeds, paired_difference, wilson
+from lrsa.results.statistics import Interval, bootstrap_mean, mean_over_seeds, paired_difference, retention, wilson
 
 from .conftest import share
 
@@ -172,3 +172,64 @@ def test_arms_may_have_other_numbers_of_seeds() -> None:
     interval = paired_difference(a, by_id(share(40)))
     assert interval.mean == pytest.approx(0.3)
     assert interval.seeds == 3 and interval.excludes_zero
+
+
+def test_retention_by_hand() -> None:
+    """Nested answers: 40 right at the floor, 280 of 400 in full, 160 under compression: half of what was gained."""
+    found = retention(by_id(share(160, 400)), by_id(share(40, 400)), by_id(share(280, 400)))
+    assert found.share is not None and found.whole.mean == pytest.approx(0.6) and found.whole.difference
+    assert found.share.mean == pytest.approx(0.5)
+    assert (found.share.n, found.share.seeds, found.share.method) == (400, 1, "bootstrap")
+    # of the 240 that were gained, 120 are kept: the ratio is a binomial share of them
+    half = 1.96 * math.sqrt(0.5 * 0.5 / 240)
+    assert (found.share.low, found.share.high) == pytest.approx((0.5 - half, 0.5 + half), abs=0.008)
+
+
+def test_retention_of_what_is_better_when_lower() -> None:
+    rng = np.random.default_rng(2)
+    noise = rng.normal(scale=0.3, size=200)
+    floor, full, score = by_id(5 + noise), by_id(1 + noise), by_id(2 + noise)
+    found = retention(score, floor, full, higher_is_better=False, n_resamples=1000)
+    assert found.share is not None and found.share.mean == pytest.approx(0.75) and found.whole.mean == pytest.approx(-4)
+    assert retention(score, floor, full, n_resamples=1000).share is None, "the full cache is worse than the floor"
+
+
+@pytest.mark.parametrize(("floor", "full"), [(50, 50), (50, 53), (53, 40)])
+def test_nothing_is_retained_of_a_gain_that_may_be_none(floor: int, full: int) -> None:
+    found = retention(by_id(share(51)), by_id(share(floor)), by_id(share(full)), n_resamples=500)
+    assert found.share is None
+    assert found.whole.mean == pytest.approx((full - floor) / 100) and found.whole.n == 100
+
+
+def test_retention_of_everything_or_nothing_has_a_width() -> None:
+    full, floor = by_id(share(90)), by_id(share(0))
+    everything, nothing = retention(full, floor, full).share, retention(floor, floor, full).share
+    assert everything is not None and nothing is not None
+    assert everything.mean == 1 and everything.low < 0.98 < 1.02 < everything.high
+    assert nothing.mean == 0 and nothing.low < -0.02 < 0.02 < nothing.high
+    assert everything.method == nothing.method == "bonett-price"
+
+
+def test_seeds_of_one_model_are_resampled_together() -> None:
+    """Seeds that gain more keep more: the share is the same in each, unless the full score is of another model."""
+    full = [by_id(share(right)) for right in (40, 60, 80)]
+    floor, half = [by_id(share(0))] * 3, [by_id(share(right)) for right in (20, 30, 40)]
+    own, other = retention(half, floor, full).share, retention(half, floor, full, floor).share
+    assert own is not None and other is not None and own.seeds == 3
+    assert own.mean == other.mean == pytest.approx(0.5)
+    assert other.high - other.low > 1.2 * (own.high - own.low)
+    with pytest.raises(ValueError, match="a score has 3 seeds and its floor 2"):
+        retention(half, floor[:2], full)
+    with pytest.raises(ValueError, match="different examples"):
+        retention(half, floor, [by_id(share(4, 9))] * 3)
+
+
+def test_retention_covers_about_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(3)
+    hits = []
+    for seed in range(300):
+        draw = rng.random(150)
+        runs = [by_id(draw < edge) for edge in (0.35, 0.1, 0.6)]
+        interval = retention(*runs, n_resamples=500, seed=seed).share
+        hits.append(interval is not None and interval.low <= 0.5 <= interval.high)
+    assert 0.91 <= np.mean(hits) <= 0.99

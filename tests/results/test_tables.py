@@ -71,6 +71,23 @@ def test_table_values_differences_and_bold(make_run: MakeRun) -> None:
     assert gain.cells[1].interval is not None and not gain.cells[1].interval.excludes_zero
 
 
+def test_gold_alone_is_a_column_of_its_own(make_run: MakeRun, tmp_path: Path) -> None:
+    arms = [make_run("dense", {**DENSE, ("needles", "gold"): share(90)}), make_run("lrsa", LRSA)]
+    table = build_table(arms, **FAST)
+    assert [column.header for column in table.columns] == ["floor", "gold", "full", "4x (3.37x)"]
+    dense, lrsa = table.rows
+    assert [cell.interval and cell.interval.mean for cell in dense.cells] == [0.0, 0.9, 1.0, 0.4]
+    assert lrsa.cells[1].interval is None and not dense.cells[1].best
+    assert "with the gold documents alone" in to_markdown(table) and "gold" not in to_markdown(build_table(arms[1:]))
+    assert [column.label for column in build_table(arms, compressions=[1, 4], **FAST).columns] == ["full", "4x"]
+    frame = cells_frame(arms)
+    assert list(frame["column"]) == ["floor", "full", "4x", "gold", "floor", "full", "4x"]
+    assert list(frame["context"]) == ["none", "full", "full", "gold", "none", "full", "full"]
+    labels = [text.get_text() for text in accuracy_figure(plot_frame(table)).legends[0].get_texts()]
+    assert labels == ["dense", "lrsa", "without the context", "gold documents alone"]
+    assert [row["compression"] for row in rows_for_logging(arms[0].cells)] == ["floor", "full", "4x", "gold"]
+
+
 def test_bold_needs_to_beat_every_arm(make_run: MakeRun) -> None:
     close = {("needles", 4): share(78)}
     records = [make_run("dense", DENSE), make_run("lrsa", LRSA), make_run("close", close)]
