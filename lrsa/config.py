@@ -194,7 +194,7 @@ class TrainConf:
     trainer: TrainerConf = field(default_factory=TrainerConf)
     logger: LoggerConf = field(default_factory=LoggerConf)
     evaluation: EvaluationConf = field(default_factory=EvaluationConf)
-    resume: str | None = None  # a run folder, or one of its checkpoints
+    resume: str | None = None  # a run folder, trained and evaluated as far as it came; or a checkpoint: training alone
 
 
 @dataclass
@@ -209,6 +209,7 @@ class EvalConf:
     evaluation: EvaluationConf = field(default_factory=EvaluationConf)
     generate: GenerateConf = field(default_factory=GenerateConf)
     lm_eval: LMEvalConf = field(default_factory=LMEvalConf)
+    resume: str | None = None  # folder of a run that was killed or failed; what it finished is not computed again
 
 
 @dataclass

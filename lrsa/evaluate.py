@@ -26,7 +26,7 @@ from lrsa.evaluation import Task, evaluate, load_tasks
 from lrsa.models import build_model, build_tokenizer
 from lrsa.results import Record
 from lrsa.results.record import write_atomically
-from lrsa.tracking import finish, recorded, task_overrides
+from lrsa.tracking import finish, journalled, recorded, task_overrides
 from lrsa.training import resolve_device
 from lrsa.validation import bad_input_without_traceback, check_context_window, check_eval
 
@@ -78,16 +78,19 @@ def _run_grid(conf: EvalConf, tokenizer: PreTrainedTokenizerBase, record: Record
         record.update(protocol=generation_protocol(conf, tokenizer, tasks))
     model = _load_model(conf)
     check_context_window(model.config, conf.evaluation.length)
-    cells, outcomes = evaluate(
-        model,
-        tokenizer,
-        conf.evaluation,
-        conf.evaluation.length,
-        tasks=tasks,
-        generate=conf.generate if conf.mode == "generate" else None,
-        progress=conf.trainer.progress,
-    )
-    finish(record, logger, cells, outcomes)
+    generate = conf.generate if conf.mode == "generate" else None
+    with journalled(record, conf, model, tasks, generate) as journal:
+        cells, outcomes = evaluate(
+            model,
+            tokenizer,
+            conf.evaluation,
+            conf.evaluation.length,
+            tasks=tasks,
+            generate=generate,
+            progress=conf.trainer.progress,
+            journal=journal,
+        )
+        finish(record, logger, cells, outcomes)
 
 
 def generation_protocol(conf: EvalConf, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task]) -> dict[str, Any]:

@@ -15,9 +15,12 @@ from lightning.pytorch.loggers import WandbLogger
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 from rich.console import Console, RenderableType
+from transformers import PreTrainedModel
 
-from lrsa.config import EvalConf, LoggerConf, RunConf, TrainConf
+from lrsa.config import EvalConf, GenerateConf, LoggerConf, RunConf, TrainConf
+from lrsa.evaluation import Journal, Task, identity
 from lrsa.results import Record, build_table, cells_frame, rows_for_logging
+from lrsa.results.environment import code_fingerprint
 from lrsa.results.figures import accuracy_figure
 from lrsa.results.formats import to_console
 from lrsa.results.tables import METRICS
@@ -73,6 +76,7 @@ def recorded(
         seed=conf.run.seed,
         config=config,
         overrides=overrides,
+        resume=conf.resume,
     ) as record:
         logger = start_wandb(conf.logger, conf.run, config)
         try:
@@ -81,6 +85,32 @@ def recorded(
             finish_wandb(logger, error)
             raise
         finish_wandb(logger)
+
+
+@contextlib.contextmanager
+def journalled(
+    record: Record,
+    conf: TrainConf | EvalConf,
+    model: PreTrainedModel,
+    tasks: Sequence[Task],
+    generate: GenerateConf | None = None,
+) -> Iterator[Journal]:
+    """The journal of the run's evaluation, with what the run folder `conf.resume` has finished. It is removed when the
+    record was finished inside, and stays where something went wrong.
+    """
+    machine = {
+        "code": code_fingerprint(),
+        **{name: record.versions.get(name) for name in ("torch", "transformers")},
+        "device": record.hardware["device"] if model.device.type == "cuda" else model.device.type,
+        "attention_backend": conf.model.attention_backend,
+    }
+    determined = identity(model, conf.evaluation, tasks, generate) | {"machine": machine}
+    resume = conf.resume if conf.resume is not None and Path(conf.resume).expanduser().is_dir() else None
+    with Journal(record.folder, determined, resume) as journal:
+        if resume is not None:
+            log.info("%d batches of the evaluation are taken over from %s", journal.batches, resume)
+        yield journal
+        journal.remove()
 
 
 def finish(

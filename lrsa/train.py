@@ -21,7 +21,7 @@ from lrsa.data import LRSADataModule
 from lrsa.evaluation import evaluate, load_tasks
 from lrsa.models import build_model, build_tokenizer
 from lrsa.results import Record, downsample
-from lrsa.tracking import finish, plain, recorded, task_overrides
+from lrsa.tracking import finish, journalled, plain, recorded, task_overrides
 from lrsa.training import PostTraining, TrainingResult, find_checkpoint, fit, resolve_device, save_model
 from lrsa.training.lora import add_lora, merge_lora
 from lrsa.training.module import parameter_counts
@@ -78,15 +78,17 @@ def _train_and_evaluate(conf: TrainConf, record: Record, logger: WandbLogger | N
     else:
         model = build_model(conf.model, None)
     model.to(resolve_device(conf.trainer))
-    cells, outcomes = evaluate(
-        model,
-        tokenizer,
-        conf.evaluation,
-        conf.data.length,
-        tasks=tasks,
-        progress=conf.trainer.progress,
-    )
-    finish(record, logger, cells, outcomes)
+    with journalled(record, conf, model, tasks) as journal:
+        cells, outcomes = evaluate(
+            model,
+            tokenizer,
+            conf.evaluation,
+            conf.data.length,
+            tasks=tasks,
+            progress=conf.trainer.progress,
+            journal=journal,
+        )
+        finish(record, logger, cells, outcomes)
     return headline(cells)
 
 

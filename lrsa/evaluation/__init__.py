@@ -4,7 +4,19 @@
 """
 
 from lrsa.evaluation.generate import Answer, Answers, generate_answers
-from lrsa.evaluation.grid import Task, evaluate, load_tasks
+from lrsa.evaluation.grid import Task, evaluate, identity, load_tasks
+from lrsa.evaluation.journal import Journal
 from lrsa.evaluation.scoring import Outcome, score
 
-__all__ = ["Answer", "Answers", "Outcome", "Task", "evaluate", "generate_answers", "load_tasks", "score"]
+__all__ = [
+    "Answer",
+    "Answers",
+    "Journal",
+    "Outcome",
+    "Task",
+    "evaluate",
+    "generate_answers",
+    "identity",
+    "load_tasks",
+    "score",
+]

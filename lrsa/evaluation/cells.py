@@ -15,6 +15,7 @@ from lrsa.config import EvaluationConf, GenerateConf
 from lrsa.data import Sample
 from lrsa.data.datamodule import pad_id_of
 from lrsa.evaluation.generate import Answer, generate_answers
+from lrsa.evaluation.journal import Finished
 from lrsa.evaluation.peers import build_press
 from lrsa.evaluation.scoring import Outcome, score
 from lrsa.results.statistics import bootstrap_mean
@@ -36,6 +37,11 @@ class Column:
     compression: float | None
     context: str = "full"
 
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What tells it from the other columns of a run, in its journal: all but samples and attention."""
+        return self.task, self.compression, self.context
+
 
 def score_cell(
     model: PreTrainedModel,
@@ -43,9 +49,11 @@ def score_cell(
     column: Column,
     conf: EvaluationConf,
     on_batch: OnBatch | None = None,
+    finished: Finished | None = None,
 ) -> tuple[Cell, list[Outcome]]:
     """References scored in one pass each: token-exact match and likelihood."""
-    clock = time.perf_counter()
+    finished = finished or Finished()
+    clock = time.perf_counter() - finished.seconds
     scored = score(
         model,
         column.samples,
@@ -57,6 +65,7 @@ def score_cell(
         compression=column.compression,
         context=column.context,
         on_batch=on_batch,
+        finished=finished,
     )
     seconds = time.perf_counter() - clock
     # Tokens before the (last) answer: what is in the cache when answering starts.
@@ -78,9 +87,11 @@ def generate_cell(
     settings: GenerateConf,
     stop_ids: Sequence[int],
     on_batch: OnBatch | None = None,
+    finished: Finished | None = None,
 ) -> tuple[Cell, list[Answer]]:
     """Answers generated greedily: token-exact and normalised exact match, F1, string match, and the cache measured."""
-    clock = time.perf_counter()
+    finished = finished or Finished()
+    clock = time.perf_counter() - finished.seconds
     press = None
     if settings.peer is not None and column.compression not in (None, 1):
         assert column.compression is not None
@@ -101,6 +112,7 @@ def generate_cell(
         block_size=settings.block_size,
         press=press,
         on_batch=on_batch,
+        finished=finished,
     )
     seconds = time.perf_counter() - clock
     prompts = [start for sample in column.samples for start, _ in sample.answer_spans]

@@ -7,7 +7,7 @@ here rather than left to `model.generate`, whose defaults come from the checkpoi
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -21,7 +21,8 @@ from lrsa.data.datamodule import pad_id_of
 from lrsa.data.examples import target_text
 from lrsa.evaluation.answers import exact_match, f1
 from lrsa.evaluation.errors import EvaluationInputError
-from lrsa.evaluation.measured import MeasuredCache
+from lrsa.evaluation.journal import Finished
+from lrsa.evaluation.measured import MeasuredCache, count_cache
 from lrsa.evaluation.peers import prefill_under
 from lrsa.evaluation.scoring import answer_ids, autocast, batches_of_similar_length, evaluating
 from lrsa.evaluation.string_match import string_match
@@ -100,6 +101,7 @@ def generate_answers(
     block_size: int | None = None,
     press: Any = None,
     on_batch: Callable[[int, int], None] | None = None,
+    finished: Finished | None = None,
 ) -> Answers:
     """Answer every question of every sample greedily, in the order of `samples`.
 
@@ -116,7 +118,8 @@ def generate_answers(
         block_size: tokens of the prompt read at once; None: all.
         press: of kvpress (`peers.build_press`), which compresses the context before the question is read; `attention`
             is then None.
-        on_batch: called with (answers, tokens read and written) after each batch.
+        on_batch: called with (answers, tokens read and written) after each batch that is not finished already.
+        finished: batches of an earlier attempt, which are not computed again; gets those that are.
 
     Raises:
         EvaluationInputError: a limit below the longest reference, or a reference with a stop token before its end,
@@ -134,17 +137,25 @@ def generate_answers(
     questions = [question for sample in samples for question in _questions(sample, tokenizer)]
     for question in questions:
         question.check(limit, stop_ids)
+    finished = finished or Finished()
     outcomes: dict[int, Answer] = {}
     measured = MeasuredCache()
     with evaluating(model, attention), torch.no_grad(), autocast(model.device, precision):
         for indices in batches_of_similar_length([len(question.prompt) for question in questions], batch_size):
             rows = [questions[index] for index in indices]
-            prompts, pad_id, before = [row.prompt for row in rows], pad_id_of(tokenizer), rows[0].context
-            answers = _generate(model, prompts, pad_id, stop_ids, limit, block_size, measured, press, before)
-            for index, row, ids in zip(indices, rows, answers, strict=True):
-                outcomes[index] = row.outcome(ids, stop_ids, tokenizer, task, compression, context)
-            if on_batch is not None:
-                on_batch(len(rows), sum(len(row.prompt) for row in rows) + sum(map(len, answers)))
+            done = finished.get(indices)
+            if done is None:
+                prompts, pad_id, before = [row.prompt for row in rows], pad_id_of(tokenizer), rows[0].context
+                written, counts = _generate(model, prompts, pad_id, stop_ids, limit, block_size, press, before)
+                answers = [
+                    row.outcome(ids, stop_ids, tokenizer, task, compression, context)
+                    for row, ids in zip(rows, written, strict=True)
+                ]
+                done = finished.add(indices, outcomes=[asdict(answer) for answer in answers], cache=counts)
+                if on_batch is not None:
+                    on_batch(len(rows), sum(len(row.prompt) for row in rows) + sum(map(len, written)))
+            measured.add(done["cache"])
+            outcomes |= {index: Answer(**found) for index, found in zip(indices, done["outcomes"], strict=True)}
     return Answers([outcomes[index] for index in range(len(questions))], measured.facts(), limit)
 
 
@@ -218,11 +229,10 @@ def _generate(
     stop_ids: Collection[int],
     limit: int,
     block_size: int | None,
-    measured: MeasuredCache,
     press: Any = None,
     context: int = 0,
-) -> list[list[int]]:
-    """Greedy continuations, a stop token included, at most `limit` tokens each."""
+) -> tuple[list[list[int]], dict[str, float]]:
+    """Greedy continuations, a stop token included, at most `limit` tokens each; and `count_cache` of the prompts."""
     input_ids, mask = left_pad(prompts, pad_id, limit, model.device)
     width = input_ids.shape[1]
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
@@ -232,7 +242,7 @@ def _generate(
         logits = prefill(model, input_ids, cache, None if mask is None else mask[:, :width], block_size)
     else:
         logits = prefill_under(press, model, input_ids, cache, context)
-    measured.add(cache, [len(prompt) for prompt in prompts])
+    counts = count_cache(cache, [len(prompt) for prompt in prompts])
     done = torch.zeros(len(prompts), dtype=torch.bool, device=model.device)
     written: list[Tensor] = []
     while True:
@@ -249,7 +259,7 @@ def _generate(
             use_cache=True,
         )
         logits = outputs.logits[:, -1]
-    return [_until(row, stop_ids) for row in torch.stack(written, 1).tolist()]
+    return [_until(row, stop_ids) for row in torch.stack(written, 1).tolist()], counts
 
 
 def _until(ids: list[int], stop_ids: Collection[int]) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -14,8 +14,12 @@ from lrsa.data import Sample, SampleSet, build_samples
 from lrsa.evaluation.cells import Cell, Column, generate_cell, score_cell
 from lrsa.evaluation.errors import EvaluationInputError
 from lrsa.evaluation.generate import Answer, stop_tokens
+from lrsa.evaluation.journal import Finished, Journal, weights_fingerprint
 from lrsa.evaluation.progress import CellProgress
 from lrsa.evaluation.scoring import Outcome
+
+# Of a model's config: where it was read, by which version, and the attention it was trained with.
+_NOT_IN_MODEL = ("_name_or_path", "transformers_version", "lrsa")
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,22 @@ def _check_gold(gold: SampleSet) -> None:
                 )
 
 
+def identity(
+    model: PreTrainedModel, conf: EvaluationConf, tasks: Sequence[Task], generate: GenerateConf | None = None
+) -> dict[str, Any]:
+    """What determines the outcomes of `evaluate` with these arguments, as a `Journal` asks for it: settings, data,
+    model. Machine and versions are the caller's to add.
+    """
+    settings = {name: value for name, value in asdict(conf).items() if name not in ("tasks", "bootstrap")}
+    described = {name: value for name, value in model.config.to_dict().items() if name not in _NOT_IN_MODEL}
+    return {
+        "evaluation": settings,
+        "generate": None if generate is None else asdict(generate),
+        "data": {fact["name"]: fact["fingerprint"] for task in tasks for fact in task.facts()},
+        "model": {"weights": weights_fingerprint(model), "config": described},
+    }
+
+
 def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -90,6 +110,7 @@ def evaluate(
     tasks: Sequence[Task] | None = None,
     generate: GenerateConf | None = None,
     progress: bool = True,
+    journal: Journal | None = None,
 ) -> tuple[list[Cell], list[Outcome] | list[Answer]]:
     """Evaluate `model` on every task at every compression, without the context (`conf.floor`), and with the gold
     documents alone (`conf.ceiling`).
@@ -98,6 +119,7 @@ def evaluate(
         length: tokens a prompt with its answer, T, where `conf.length` is not set.
         tasks: what `load_tasks` returned for the same arguments, if it was called before.
         generate: generate answers, with these settings; None: score the references in one pass each.
+        journal: gets every batch as it is finished; those that it holds already are not computed again.
 
     Returns:
         cells, with the fields of `lrsa.results.schema.CELL` (`compression` 1 is the full cache, None the floor; ratios,
@@ -125,15 +147,17 @@ def evaluate(
                 samples = made[prompts.fingerprint]
                 used = None if attention is None or factor is None else attention.with_compression(factor)
                 column = Column(task.name, samples, used, factor, context)
+                finished = Finished() if journal is None else journal.column(column)
                 cell: Cell
                 found: Sequence[Outcome] | Sequence[Answer]
                 if generate is None:
-                    bar.start(title, len(samples))
-                    cell, found = score_cell(model, tokenizer, column, conf, bar.advance)
+                    bar.start(title, len(samples), finished.rows)
+                    cell, found = score_cell(model, tokenizer, column, conf, bar.advance, finished)
                 else:
-                    bar.start(title, sum(len(sample.answer_spans) for sample in samples))
+                    bar.start(title, sum(len(sample.answer_spans) for sample in samples), finished.rows)
                     stop_ids = list(task.stop_tokens(tokenizer))
-                    cell, found = generate_cell(model, tokenizer, column, conf, generate, stop_ids, bar.advance)
+                    advance = bar.advance
+                    cell, found = generate_cell(model, tokenizer, column, conf, generate, stop_ids, advance, finished)
                 cell["data_fingerprint"] = prompts.fingerprint
                 if context != "full":
                     cell["measured_ratio"] = None  # another prompt, not a compressed one

@@ -36,7 +36,7 @@ from lrsa.attention import SparseAttentionConfig
 from lrsa.attention.config import ONCE
 from lrsa.evaluation.errors import EvaluationInputError, TruncationWarning
 from lrsa.evaluation.lm_eval_args import choose_attention, choose_dtype
-from lrsa.evaluation.measured import MeasuredCache
+from lrsa.evaluation.measured import MeasuredCache, count_cache
 from lrsa.models import get_attention, load_model, load_tokenizer, make_cache, set_attention
 
 _OWN = (
@@ -232,7 +232,7 @@ class LRSALM(HFLM):
         pads = [0] * len(context) if mask is None else (mask == 0).sum(-1).tolist()
         held = int(cache.get_seq_length())
         if len(context) == _rows(cache):  # beams hold several rows a prompt
-            self.measured.add(cache, [held - pad for pad in pads])
+            self.measured.add(count_cache(cache, [held - pad for pad in pads]))
         return out
 
     @contextlib.contextmanager

@@ -39,10 +39,10 @@ class CellProgress:
     def __exit__(self, *error: object) -> None:
         self._bar.stop()
 
-    def start(self, text: str, total: int) -> None:
-        """The next cell, of `total` samples or answers."""
+    def start(self, text: str, total: int, done: int = 0) -> None:
+        """The next cell, of `total` samples or answers, `done` of them by an earlier attempt."""
         self._clock, self._tokens = time.perf_counter(), 0
-        self._bar.reset(self._task, description=text, total=total, rate="")
+        self._bar.reset(self._task, description=text, total=total, completed=done, rate="")
 
     def advance(self, done: int, tokens: int) -> None:
         """`done` more of the cell, and the tokens that they took."""

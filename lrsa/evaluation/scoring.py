@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from lrsa.attention import SparseAttentionConfig
 from lrsa.attention.config import ONCE
 from lrsa.data import Sample, collate
+from lrsa.evaluation.journal import Finished
 from lrsa.models import get_attention, set_attention, target_logits
 
 
@@ -46,6 +47,7 @@ def score(
     compression: float | None = 1,
     context: str = "full",
     on_batch: Callable[[int, int], None] | None = None,
+    finished: Finished | None = None,
 ) -> list[Outcome]:
     """Score every answer of every sample, in the order of `samples`.
 
@@ -56,7 +58,8 @@ def score(
         attention: used for these forward passes; None is the full cache.
         precision: 32-true, or bf16-mixed for bfloat16 autocast.
         task, compression, context: copied into the outcomes.
-        on_batch: called with (samples, tokens) after each batch.
+        on_batch: called with (samples, tokens) after each batch that is not finished already.
+        finished: batches of an earlier attempt, which are not computed again; gets those that are.
 
     Raises:
         ValueError: a sample with several answers under schedule ``prefill_once``.
@@ -64,40 +67,52 @@ def score(
     if attention is not None and attention.schedule == ONCE:
         for sample in samples:
             _check_one_prompt(sample)
+    finished = finished or Finished()
     outcomes: dict[int, list[Outcome]] = {}
-    device = model.device
     # Not inference_mode: tensors that attention caches here (positions, masks) may meet a training step later.
-    with evaluating(model, attention), torch.no_grad(), autocast(device, precision):
+    with evaluating(model, attention), torch.no_grad(), autocast(model.device, precision):
         for indices in batches_of_similar_length([len(sample.input_ids) for sample in samples], batch_size):
             rows = [samples[index] for index in indices]
-            batch = collate(rows, pad_id)
-            document_ids = batch["document_ids"]
-            logits, targets = target_logits(
-                model,
-                batch["input_ids"].to(device),
-                batch["answer_mask"].to(device),
-                None if document_ids is None else document_ids.to(device),
-            )
-            nll = F.cross_entropy(logits, targets, reduction="none")
-            # One copy from the device a batch: [2, N], N target tokens in row-major order.
-            is_right, nll = torch.stack([(logits.argmax(-1) == targets).to(nll.dtype), nll]).cpu()
-            start = 0
-            for index, sample in zip(indices, rows, strict=True):
-                outcomes[index] = []
-                for name, (first, stop) in zip(answer_ids(sample), sample.answer_spans, strict=True):
-                    answer = slice(start, start + stop - first)
-                    start = answer.stop
-                    exact = bool(is_right[answer].all())
-                    outcomes[index].append(
-                        Outcome(task, name, compression, exact, float(nll[answer].mean()), stop - first, context)
-                    )
-            if start != targets.numel():
-                raise ValueError(
-                    f"{targets.numel()} target tokens in the mask, {start} in the answer spans of {batch['ids']}"
-                )
-            if on_batch is not None:
-                on_batch(len(rows), sum(len(sample.input_ids) for sample in rows))
+            done = finished.get(indices)
+            if done is None:
+                scored = _score_batch(model, rows, pad_id, task, compression, context)
+                done = finished.add(indices, outcomes=[[asdict(outcome) for outcome in found] for found in scored])
+                if on_batch is not None:
+                    on_batch(len(rows), sum(len(sample.input_ids) for sample in rows))
+            for index, found in zip(indices, done["outcomes"], strict=True):
+                outcomes[index] = [Outcome(**outcome) for outcome in found]
     return [outcome for index in sorted(outcomes) for outcome in outcomes[index]]
+
+
+def _score_batch(
+    model: PreTrainedModel, rows: list[Sample], pad_id: int, task: str, compression: float | None, context: str
+) -> list[list[Outcome]]:
+    """The outcomes of each row."""
+    batch, device = collate(rows, pad_id), model.device
+    document_ids = batch["document_ids"]
+    logits, targets = target_logits(
+        model,
+        batch["input_ids"].to(device),
+        batch["answer_mask"].to(device),
+        None if document_ids is None else document_ids.to(device),
+    )
+    nll = F.cross_entropy(logits, targets, reduction="none")
+    # One copy from the device a batch: [2, N], N target tokens in row-major order.
+    is_right, nll = torch.stack([(logits.argmax(-1) == targets).to(nll.dtype), nll]).cpu()
+    start = 0
+    outcomes: list[list[Outcome]] = []
+    for sample in rows:
+        outcomes.append([])
+        for name, (first, stop) in zip(answer_ids(sample), sample.answer_spans, strict=True):
+            answer = slice(start, start + stop - first)
+            start = answer.stop
+            exact = bool(is_right[answer].all())
+            outcomes[-1].append(
+                Outcome(task, name, compression, exact, float(nll[answer].mean()), stop - first, context)
+            )
+    if start != targets.numel():
+        raise ValueError(f"{targets.numel()} target tokens in the mask, {start} in the answer spans of {batch['ids']}")
+    return outcomes
 
 
 def _check_one_prompt(sample: Sample) -> None:

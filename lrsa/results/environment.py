@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import re
@@ -40,6 +41,14 @@ def git_state(source: Path = SOURCE) -> dict[str, Any]:
     # only what a run depends on: an untracked result elsewhere does not make the code another one
     changes = _git(source, "status", "--porcelain", "--", ".", "../conf")
     return none if commit is None or changes is None else {"commit": commit, "dirty": bool(changes)}
+
+
+def code_fingerprint(source: Path = SOURCE) -> str:
+    """16 hex digits over the Python files of `source`: unlike a commit, the same until one of them is edited."""
+    digest = hashlib.sha256()
+    for file in sorted(source.rglob("*.py")):
+        digest.update(f"{file.relative_to(source).as_posix()}\n".encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

@@ -91,12 +91,13 @@ class Record:
         config: Mapping[str, Any],
         overrides: Sequence[str] = (),
         data: Iterable[Mapping[str, Any]] = (),
+        resume: str | Path | None = None,
     ) -> Record:
         """Write a `running` record into `folder`. `config` is the resolved one as plain containers
         (`OmegaConf.to_container`).
 
         A folder whose record is `finished` raises RecordError: results are not overwritten. An unfinished or failed one
-        is started again, and `attempt` counts it.
+        is started again, and `attempt` counts it; as it does where the run goes on from another one's folder, `resume`.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -108,6 +109,8 @@ class Record:
                     f"{folder / RECORD_FILE} is a finished record; choose another run folder or remove it"
                 )
             attempt = before.attempt + 1
+        if resume is not None and (Path(resume).expanduser() / RECORD_FILE).exists():
+            attempt = max(attempt, cls.load(Path(resume).expanduser()).attempt + 1)
         plain = _plain(environment.portable(dict(config), folder))
         record = cls(
             folder=folder,

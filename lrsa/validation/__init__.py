@@ -35,7 +35,7 @@ from lrsa.data.prompts import PROMPTS
 from lrsa.data.sources import SOURCES, source_args
 from lrsa.evaluation.errors import EvaluationInputError
 from lrsa.evaluation.peers import build_press
-from lrsa.results import RecordError
+from lrsa.results import Record, RecordError
 from lrsa.training import NonFiniteLoss, find_checkpoint, micro_batches
 from lrsa.validation import attention
 from lrsa.validation.problems import ConfigError, ConfigWarning, raised
@@ -91,7 +91,7 @@ def check_train(conf: TrainConf) -> None:
         *attention.scored_once(conf.evaluation),
     ]
     if conf.resume is not None and not conf.recipe.train:
-        problems.append(f"resume={conf.resume} continues training, but recipe.train=false: choose another recipe")
+        problems += _resumed(conf.resume)
     elif conf.resume is not None:
         problems += raised("", lambda: find_checkpoint(conf.resume or ""))
     _report(problems)
@@ -111,6 +111,10 @@ def check_eval(conf: EvalConf) -> None:
     ]
     if conf.mode not in EVAL_MODES:
         problems.append(f"mode={conf.mode!r} is unknown; choose one of {', '.join(EVAL_MODES)}")
+    if conf.resume is not None:
+        problems += _resumed(conf.resume)
+    if conf.resume is not None and conf.mode == "lm_eval":
+        problems.append(f"resume={conf.resume}: mode=lm_eval keeps no journal of what is finished; leave resume out")
     if conf.mode == "score":
         problems += attention.scored_once(conf.evaluation)
     if conf.mode in ("generate", "lm_eval"):
@@ -280,6 +284,14 @@ def _evaluation(conf: EvaluationConf, length: int | None) -> Iterator[str]:
         yield "evaluation.length is not set: tokens a prompt with its answer"
     for name, task in conf.tasks.items():
         yield from _examples(f"evaluation.tasks.{name}", task)
+
+
+def _resumed(folder: str) -> Iterator[str]:
+    """An evaluation goes on from the folder of a run that did not finish."""
+    problems = raised(f"resume={folder}", lambda: Record.load(Path(folder).expanduser()))
+    yield from problems
+    if not problems and Record.load(Path(folder).expanduser()).status == "finished":
+        yield f"resume={folder} is the folder of a finished run, with nothing left to do: leave resume out to run anew"
 
 
 def _generate(conf: GenerateConf) -> Iterator[str]:
