@@ -61,7 +61,7 @@ class ModelConf:
 class ExamplesConf:
     """`data.parts.<name>` and `evaluation.tasks.<name>`: where examples come from and how a prompt is put together."""
 
-    source: str = MISSING  # lrsa.data.sources.SOURCES: squad, hotpotqa, jsonl, passkey, needles
+    source: str = MISSING  # of lrsa.data.sources.SOURCES
     path: str | None = None  # hub name, local folder or file; synthetic sources have none
     split: str = "train"
     weight: float = 1.0  # share of the training mixture
