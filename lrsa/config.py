@@ -222,7 +222,7 @@ class TableConf:
     tasks: list[str] = field(default_factory=list)
     compressions: list[float] = field(default_factory=list)  # columns, 1 for the full cache; []: all, and the floor
     names: Any = None  # {arm or task: as displayed}; Any, for Hydra refuses new keys of a typed mapping without a `+`
-    metric: str = "exact"  # or nll; exact_match, f1 of generated answers
+    metric: str = "exact"  # or nll; exact_match, f1, rouge_l of generated answers
     formats: list[str] = field(default_factory=lambda: ["markdown", "latex", "csv"])
     figure: bool = True
     bootstrap: int = 10_000

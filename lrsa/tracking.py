@@ -129,8 +129,8 @@ def finish_wandb(logger: WandbLogger | None, error: BaseException | None = None)
 
 
 def summary_metrics(cells: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """`exact/<task>/<column>` (a fraction) and `nll/<task>/<column>`, of generated answers `exact_match/...` and
-    `f1/...`; with columns floor, full, 2x, 4x, ...
+    """`exact/<task>/<column>` (a fraction) and `nll/<task>/<column>`, of generated answers `exact_match/...`,
+    `f1/...` and `rouge_l/...`; with columns floor, full, 2x, 4x, ...
     """
     return {
         f"{name}/{row['task']}/{row['compression']}": cell[name]

@@ -74,7 +74,7 @@ def generate_cell(
     stop_ids: Sequence[int],
     on_batch: OnBatch | None = None,
 ) -> tuple[Cell, list[Answer]]:
-    """Answers generated greedily: token-exact match, normalised exact match and F1, and the cache as measured."""
+    """Answers generated greedily: token-exact and normalised exact match, F1 and ROUGE-L, and the cache as measured."""
     clock = time.perf_counter()
     press = None
     if settings.peer is not None and column.compression not in (None, 1):
@@ -100,7 +100,7 @@ def generate_cell(
     prompts = [start for sample in column.samples for start, _ in sample.answer_spans]
     written = [answer.generated_tokens for answer in answers.outcomes]
     cell = {
-        **_summary(column, answers.outcomes, ("exact", "exact_match", "f1"), conf.bootstrap),
+        **_summary(column, answers.outcomes, ("exact", "exact_match", "f1", "rouge_l"), conf.bootstrap),
         **measure_cache(model, attention, prompts, conf.precision),
         **answers.cache,
         "max_new_tokens": answers.max_new_tokens,

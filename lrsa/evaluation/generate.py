@@ -1,4 +1,4 @@
-"""Greedy answers: token-exact match, and what needs the text, normalised exact match and F1.
+"""Greedy answers: token-exact match, and what needs the text, normalised exact match, F1 and ROUGE-L.
 
 B rows, T tokens. Token-exact match equals that of `scoring.score`, which decodes nothing. Every step is written out
 here rather than left to `model.generate`, whose defaults come from the checkpoint (repetition penalties, sampling).
@@ -18,7 +18,7 @@ from lrsa.attention import SparseAttentionConfig
 from lrsa.cache import prefill
 from lrsa.data import Sample
 from lrsa.data.datamodule import pad_id_of
-from lrsa.evaluation.answers import exact_match, f1
+from lrsa.evaluation.answers import exact_match, f1, rouge_l
 from lrsa.evaluation.errors import EvaluationInputError
 from lrsa.evaluation.measured import MeasuredCache
 from lrsa.evaluation.peers import prefill_under
@@ -39,6 +39,7 @@ class Answer:
     tokens: int  # of that reference
     exact_match: bool  # normalised, with any reference
     f1: float  # best over the references
+    rouge_l: float  # likewise
     text: str
     generated_tokens: int  # the stop token included
     hit_limit: bool  # no stop token came within max_new_tokens
@@ -180,6 +181,7 @@ class _Question:
             tokens=len(self.reference),
             exact_match=exact_match(text, self.answers),
             f1=f1(text, self.answers),
+            rouge_l=rouge_l(text, self.answers),
             text=text,
             generated_tokens=len(ids),
             hit_limit=not ended,

@@ -30,6 +30,9 @@ CELL: dict[str, Any] = {
     "f1?": Number,
     "f1_low?": Number,
     "f1_high?": Number,
+    "rouge_l?": Number,
+    "rouge_l_low?": Number,
+    "rouge_l_high?": Number,
     "max_new_tokens?": (int,),
     "generated_tokens?": Number,  # mean of an answer, the stop token included
     "hit_limit?": Number,  # fraction of answers that were cut at max_new_tokens
@@ -84,6 +87,7 @@ OUTCOME: dict[str, Any] = {
     "tokens": (int,),  # of the reference
     "exact_match?": (bool,),  # this and what follows it of generated answers
     "f1?": Number,
+    "rouge_l?": Number,
     "text?": Text,
     "generated_tokens?": (int,),
     "hit_limit?": (bool,),

@@ -34,9 +34,10 @@ METRICS = {
     "nll": Metric("nll", "answer NLL, nats a token", "nats", digits=3, higher_is_better=False),
     "exact_match": Metric("exact_match", "normalised exact match, %", "points", scale=100.0, digits=1),
     "f1": Metric("f1", "F1, %", "points", scale=100.0, digits=1),
+    "rouge_l": Metric("rouge_l", "ROUGE-L, %", "points", scale=100.0, digits=1),
 }
 
-GENERATED = ("exact_match", "f1")  # of answers in words
+GENERATED = ("exact_match", "f1", "rouge_l")  # of answers in words
 
 
 @dataclass(frozen=True)
@@ -251,8 +252,8 @@ def plot_frame(table: ResultTable) -> pd.DataFrame:
 
 
 def rows_for_logging(cells: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One run's cells as flat rows for an experiment tracker: every row has the same keys; exact match and F1 in
-    percent. `exact_match` is token for token, `normalised_exact_match` and `f1` are of generated answers.
+    """One run's cells as flat rows for an experiment tracker: every row has the same keys; scores in percent.
+    `exact_match` is token for token, `normalised_exact_match`, `f1` and `rouge_l` are of generated answers.
     """
     return [
         {
@@ -266,6 +267,7 @@ def rows_for_logging(cells: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]
             "nll": cell.get("nll"),
             "normalised_exact_match": _percent(cell.get("exact_match")),
             "f1": _percent(cell.get("f1")),
+            "rouge_l": _percent(cell.get("rouge_l")),
             "length": cell.get("length"),
             "slots": cell.get("slots"),
             "kv_bytes": sum(cell.get("kv_bytes_per_layer") or []) or None,
