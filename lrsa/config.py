@@ -61,7 +61,7 @@ class ModelConf:
 class ExamplesConf:
     """`data.parts.<name>` and `evaluation.tasks.<name>`: where examples come from and how a prompt is put together."""
 
-    source: str = MISSING  # lrsa.data.sources.SOURCES: squad, hotpotqa, jsonl, passkey, needles, niah, ...
+    source: str = MISSING  # of lrsa.data.sources.SOURCES
     path: str | None = None  # hub name, local folder or file; synthetic sources have none
     split: str = "train"
     weight: float = 1.0  # share of the training mixture
@@ -225,7 +225,7 @@ class TableConf:
     tasks: list[str] = field(default_factory=list)
     compressions: list[float] = field(default_factory=list)  # columns, 1 for the full cache; []: all, and the floor
     names: Any = None  # {arm or task: as displayed}; Any, for Hydra refuses new keys of a typed mapping without a `+`
-    metric: str = "exact"  # or nll; exact_match, f1, string_match of generated answers
+    metric: str = "exact"  # or nll; exact_match, f1, rouge_l, string_match of generated answers
     retention: str | None = None  # own, reference: of the metric, the share of whose full score; null: the score itself
     formats: list[str] = field(default_factory=lambda: ["markdown", "latex", "csv"])
     figure: bool = True

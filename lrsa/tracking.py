@@ -160,7 +160,7 @@ def finish_wandb(logger: WandbLogger | None, error: BaseException | None = None)
 
 def summary_metrics(cells: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """`exact/<task>/<column>` (a fraction) and `nll/<task>/<column>`, of generated answers `exact_match/...`,
-    `f1/...` and `string_match/...`; with columns floor, full, 2x, 4x, ...
+    `f1/...`, `rouge_l/...` and `string_match/...`; with columns floor, full, 2x, 4x, ...
     """
     return {
         f"{name}/{row['task']}/{row['compression']}": cell[name]

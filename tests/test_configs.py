@@ -70,6 +70,7 @@ def test_every_option_composes(group: str, option: str) -> None:
     extra = ["recipe.compressions=[]"] if (group, option) == ("attention", "dense") else []
     extra += ["data=demo_recall", "data.parts.needles.questions=1"] if option == "snapkv_once" else []
     extra += ["data.parts.own.path=rows.jsonl"] if (group, option) == ("data", "jsonl") else []
+    extra += ["evaluation.tasks.own.path=rows.jsonl"] if (group, option) == ("task", "own") else []
     conf = compose_train(override, *extra)
     if group == "task":
         assert list(conf.evaluation.tasks) == tasks_of(option)

@@ -38,21 +38,26 @@ STAND_INS = {
     "rajpurkar/squad": StandIn("squad"),
     "google/xquad": StandIn("squad", {"validation": "test"}),
     "hotpotqa/hotpot_qa": StandIn("hotpotqa"),
+    "framolfese/2WikiMultihopQA": StandIn("two_wiki"),
+    "dgslibisey/MuSiQue": StandIn("musique"),
+    "deepmind/narrativeqa": StandIn("narrativeqa"),
     "Salesforce/wikitext": StandIn("prose"),
 }
 
 
 @dataclass(frozen=True)
 class Row:
-    """One raw row; its readers raise DataRowError with file, line and column."""
+    """One raw row, or an object in it (`prefix` then says where); its readers raise DataRowError with file, line and
+    column."""
 
     file: str
     line: int
     data: dict[str, Any]
+    prefix: str = ""
 
     def fail(self, column: str, problem: str) -> NoReturn:
         """Raise DataRowError for this row."""
-        raise DataRowError(self.file, self.line, column, problem)
+        raise DataRowError(self.file, self.line, self.prefix + column, problem)
 
     def _find(self, column: str) -> Any:
         value: Any = self.data
@@ -82,6 +87,22 @@ class Row:
         if not value or not all(item.strip() for item in value):
             self.fail(column, "is empty or has a blank entry")
         return value
+
+    def inside(self, column: str) -> Row:
+        """The object that the column holds, to be read like a row."""
+        value = self._find(column)
+        if not isinstance(value, dict):
+            self.fail(column, f"expected an object, got {type(value).__name__} {value!r:.60}")
+        return Row(self.file, self.line, value, f"{self.prefix}{column}.")
+
+    def objects(self, column: str) -> list[Row]:
+        """The column's objects, at least one, each to be read like a row."""
+        values = self._find(column)
+        if not isinstance(values, list) or not values or not all(isinstance(value, dict) for value in values):
+            self.fail(column, f"expected a list of at least one object, got {type(values).__name__} {values!r:.60}")
+        return [
+            Row(self.file, self.line, value, f"{self.prefix}{column}[{index}].") for index, value in enumerate(values)
+        ]
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,16 @@
-"""Sources of examples: SQuAD, HotpotQA, one's own JSONL, and the synthetic tasks. To add one: a function and a line."""
+"""Sources of examples: hub data sets, one's own JSONL, and the synthetic tasks. To add one: a function and a line."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from lrsa.config import ExamplesConf
+from lrsa.data.adapters import read_hotpotqa, read_musique, read_narrativeqa, read_squad, read_two_wiki
 from lrsa.data.examples import Document, Example, stream_rng
 from lrsa.data.rows import Row, locate, read_rows
 from lrsa.data.synthetic import SYNTHETIC
@@ -24,6 +25,7 @@ LAYOUT_ARGS: dict[str, Any] = {"instruction": QA_INSTRUCTION, "depths": None}
 WORDING_ARGS: dict[str, Any] = {"asked": "{question}", "answer_prefix": ""}
 DOCUMENT_ARGS: dict[str, Any] = {**LAYOUT_ARGS, **WORDING_ARGS, "titles": False, "max_distractors": None}
 HUB_ARGS: dict[str, Any] = {"config": None, "revision": None}
+DOCUMENT_FIELDS = ("title", "text", "is_supporting")  # of one's own rows
 
 
 @dataclass(frozen=True)
@@ -36,39 +38,15 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Source:
-    """`read` turns one row into an example; `args` are the arguments the source takes, with their defaults."""
+    """`read` turns one row into an example; `args` are the arguments the source takes, with their defaults.
 
-    read: Callable[[Row], Example] | None  # None: synthetic
+    `reads` names the arguments that `read` takes besides the row, each with its valid values.
+    """
+
+    read: Callable[..., Example] | None  # None: synthetic
     args: dict[str, Any]
     path: str | None = None  # default
-
-
-def read_squad(row: Row) -> Example:
-    """A row of `rajpurkar/squad`: id, title (optional), context, question, answers{text}."""
-    title = row.text("title", default="").replace("_", " ")
-    document = Document(title, row.text("context"))
-    answers = tuple(dict.fromkeys(answer.strip() for answer in row.texts("answers.text")))
-    return Example(row.text("id"), row.text("question").strip(), answers, (document,), document.group)
-
-
-def read_hotpotqa(row: Row) -> Example:
-    """A row of `hotpotqa/hotpot_qa`: id, question, answer, supporting_facts{title}, context{title, sentences}."""
-    titles = row.texts("context.title")
-    sentences = row.data["context"].get("sentences")
-    well_formed = isinstance(sentences, list) and all(
-        isinstance(one, list) and all(isinstance(sentence, str) for sentence in one) for one in sentences
-    )
-    if not well_formed or len(sentences) != len(titles):
-        row.fail("context.sentences", f"expected one list of strings for each of {len(titles)} titles")
-    supporting = set(row.texts("supporting_facts.title"))
-    if not supporting <= set(titles):
-        row.fail("supporting_facts.title", f"{sorted(supporting - set(titles))} is not among context.title")
-    documents = tuple(
-        Document(title, "".join(text).strip(), title in supporting)
-        for title, text in zip(titles, sentences, strict=True)
-        if "".join(text).strip()
-    )
-    return Example(row.text("id"), row.text("question").strip(), (row.text("answer").strip(),), documents)
+    reads: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def _messages(row: Row) -> tuple[tuple[str, str], ...]:
@@ -95,17 +73,23 @@ def _documents(row: Row) -> tuple[Document, ...]:
         entry = {"text": item} if isinstance(item, str) else item
         if not isinstance(entry, dict) or not isinstance(entry.get("text"), str) or not entry["text"].strip():
             row.fail(f"documents[{index}]", "expected a text, or an object with title, text and is_supporting")
+        unknown = [name for name in entry if name not in DOCUMENT_FIELDS]
+        if unknown:  # a misspelt is_supporting would make every document a supporting one
+            row.fail(f"documents[{index}]", f"unknown {', '.join(unknown)}; valid: {', '.join(DOCUMENT_FIELDS)}")
         title, supporting = entry.get("title") or "", entry.get("is_supporting", True)
         if not isinstance(title, str) or not isinstance(supporting, bool):
             row.fail(f"documents[{index}]", "title must be a string and is_supporting true or false")
         documents.append(Document(title, entry["text"].strip(), supporting))
+    if documents and not any(document.is_supporting for document in documents):
+        row.fail("documents", "is_supporting is false for all: the answer must be in one, which is never left out")
     return tuple(documents)
 
 
 def read_jsonl(row: Row) -> Example:
     """One's own row: `messages`; or `prompt` and `answer` (`response`, `completion`); or these with `documents`.
 
-    `question` is another name of `prompt`, `answers` a list of references, the first one the target.
+    `question` is another name of `prompt`, `answers` a list of references, the first one the target. A document is a
+    text, or {title, text, is_supporting}. README.md in this folder has the format with examples.
     """
     identity = str(row.data.get("id") or f"row-{row.line}")
     if row.data.get("messages") is not None:
@@ -127,6 +111,14 @@ SOURCES: dict[str, Source] = {
     "squad": Source(read_squad, {**DOCUMENT_ARGS, **HUB_ARGS}, "rajpurkar/squad"),
     "hotpotqa": Source(
         read_hotpotqa, {**DOCUMENT_ARGS, **HUB_ARGS, "titles": True, "config": "distractor"}, "hotpotqa/hotpot_qa"
+    ),
+    "two_wiki": Source(read_two_wiki, {**DOCUMENT_ARGS, **HUB_ARGS, "titles": True}, "framolfese/2WikiMultihopQA"),
+    "musique": Source(read_musique, {**DOCUMENT_ARGS, **HUB_ARGS, "titles": True}, "dgslibisey/MuSiQue"),
+    "narrativeqa": Source(
+        read_narrativeqa,
+        {**DOCUMENT_ARGS, **HUB_ARGS, "text": "document"},
+        "deepmind/narrativeqa",
+        reads={"text": ("document", "summary")},
     ),
     "jsonl": Source(read_jsonl, {**DOCUMENT_ARGS, **HUB_ARGS}),
     **{name: Source(None, {**LAYOUT_ARGS, **task.args}) for name, task in SYNTHETIC.items()},
@@ -156,6 +148,11 @@ def source_args(conf: ExamplesConf) -> dict[str, Any]:
     if unknown:
         raise ValueError(f"source {conf.source!r} has no args {unknown}; valid: {', '.join(defaults)}")
     args = {**defaults, **conf.args}
+    for name, valid in source_of(conf).reads.items():
+        if args[name] not in valid:
+            raise ValueError(
+                f"args.{name}={args[name]!r} is unknown to source {conf.source!r}; valid: {', '.join(valid)}"
+            )
     if source_of(conf).read is None and conf.path is not None:
         raise ValueError(f"source {conf.source!r} is synthetic and reads no path; got path={conf.path!r}")
     if "{question}" not in args.get("asked", "{question}"):
@@ -197,7 +194,7 @@ def load(conf: ExamplesConf, stream: str = "evaluation") -> Loaded:
     examples: list[Example] = []
     shared: dict[Document, Document] = {}  # a paragraph's questions share one object
     for row in read_rows(located, args["config"], args["revision"]):
-        example = source.read(row)
+        example = source.read(row, **{name: args[name] for name in source.reads})
         if examples and bool(example.documents) != bool(examples[0].documents):
             row.fail("documents", "some rows have documents and others none: put them into separate files (parts)")
         documents = tuple(shared.setdefault(document, document) for document in example.documents)

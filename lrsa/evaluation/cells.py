@@ -89,7 +89,7 @@ def generate_cell(
     on_batch: OnBatch | None = None,
     finished: Finished | None = None,
 ) -> tuple[Cell, list[Answer]]:
-    """Answers generated greedily: token-exact and normalised exact match, F1, string match, and the cache measured."""
+    """Answers generated greedily: exact match by token and normalised, F1, ROUGE-L, string match; the cache measured."""
     finished = finished or Finished()
     clock = time.perf_counter() - finished.seconds
     press = None
@@ -118,7 +118,7 @@ def generate_cell(
     prompts = [start for sample in column.samples for start, _ in sample.answer_spans]
     written = [answer.generated_tokens for answer in answers.outcomes]
     cell = {
-        **_summary(column, answers.outcomes, ("exact", "exact_match", "f1", "string_match"), conf.bootstrap),
+        **_summary(column, answers.outcomes, ("exact", "exact_match", "f1", "rouge_l", "string_match"), conf.bootstrap),
         **measure_cache(model, attention, prompts, conf.precision),
         **answers.cache,
         "max_new_tokens": answers.max_new_tokens,

@@ -1,4 +1,4 @@
-"""Greedy answers: token-exact match, and what needs the text, normalised exact match, F1 and string match.
+"""Greedy answers: token-exact match, and what needs the text, normalised exact match, F1, ROUGE-L and string match.
 
 B rows, T tokens. Token-exact match equals that of `scoring.score`, which decodes nothing. Every step is written out
 here rather than left to `model.generate`, whose defaults come from the checkpoint (repetition penalties, sampling).
@@ -19,7 +19,7 @@ from lrsa.cache import prefill
 from lrsa.data import Sample
 from lrsa.data.datamodule import pad_id_of
 from lrsa.data.examples import target_text
-from lrsa.evaluation.answers import exact_match, f1
+from lrsa.evaluation.answers import exact_match, f1, rouge_l
 from lrsa.evaluation.errors import EvaluationInputError
 from lrsa.evaluation.journal import Finished
 from lrsa.evaluation.measured import MeasuredCache, count_cache
@@ -43,6 +43,7 @@ class Answer:
     tokens: int  # of that reference
     exact_match: bool  # normalised, with any reference
     f1: float  # best over the references
+    rouge_l: float  # likewise
     string_match: float  # as RULER: share of the references found, or the best where one will do
     text: str
     generated_tokens: int  # the stop token included
@@ -202,6 +203,7 @@ class _Question:
             tokens=len(self.reference),
             exact_match=exact_match(text, whole),
             f1=f1(text, whole),
+            rouge_l=rouge_l(text, whole),
             string_match=string_match(text, self.answers, self.all_answers),
             text=text,
             generated_tokens=len(ids),

@@ -31,6 +31,9 @@ CELL: dict[str, Any] = {
     "f1?": Number,
     "f1_low?": Number,
     "f1_high?": Number,
+    "rouge_l?": Number,
+    "rouge_l_low?": Number,
+    "rouge_l_high?": Number,
     "string_match?": Number,  # RULER's: share of the references found, or any of them (question answering)
     "string_match_low?": Number,
     "string_match_high?": Number,
@@ -89,6 +92,7 @@ OUTCOME: dict[str, Any] = {
     "tokens": (int,),  # of the reference
     "exact_match?": (bool,),  # this and what follows it of generated answers
     "f1?": Number,
+    "rouge_l?": Number,
     "string_match?": Number,
     "text?": Text,
     "generated_tokens?": (int,),

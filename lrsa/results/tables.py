@@ -34,10 +34,11 @@ METRICS = {
     "nll": Metric("nll", "answer NLL, nats a token", "nats", digits=3, higher_is_better=False),
     "exact_match": Metric("exact_match", "normalised exact match, %", "points", scale=100.0, digits=1),
     "f1": Metric("f1", "F1, %", "points", scale=100.0, digits=1),
+    "rouge_l": Metric("rouge_l", "ROUGE-L, %", "points", scale=100.0, digits=1),
     "string_match": Metric("string_match", "string match, %", "points", scale=100.0, digits=1),
 }
 
-GENERATED = ("exact_match", "f1", "string_match")  # of answers in words
+GENERATED = ("exact_match", "f1", "rouge_l", "string_match")  # of answers in words
 
 
 @dataclass(frozen=True)
@@ -295,7 +296,8 @@ def plot_frame(table: ResultTable) -> pd.DataFrame:
 
 def rows_for_logging(cells: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """One run's cells as flat rows for an experiment tracker: every row has the same keys; scores in percent.
-    `exact_match` is token for token; `normalised_exact_match`, `f1` and `string_match` are of generated answers.
+    `exact_match` is token for token; `normalised_exact_match`, `f1`, `rouge_l` and `string_match` are of
+    generated answers.
     """
     return [
         {
@@ -309,6 +311,7 @@ def rows_for_logging(cells: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]
             "nll": cell.get("nll"),
             "normalised_exact_match": _percent(cell.get("exact_match")),
             "f1": _percent(cell.get("f1")),
+            "rouge_l": _percent(cell.get("rouge_l")),
             "string_match": _percent(cell.get("string_match")),
             "length": cell.get("length"),
             "slots": cell.get("slots"),

@@ -1,8 +1,8 @@
-"""Worked by hand from the definition of SQuAD v1.1's evaluation."""
+"""Worked by hand from the definitions of SQuAD v1.1's evaluation and of ROUGE-L."""
 
 import pytest
 
-from lrsa.evaluation.answers import exact_match, f1, normalise
+from lrsa.evaluation.answers import exact_match, f1, normalise, rouge_l
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,27 @@ def test_f1(prediction: str, references: list[str], expected: float) -> None:
     assert f1(prediction, references) == pytest.approx(expected, abs=1e-12)
 
 
-@pytest.mark.parametrize("metric", [exact_match, f1])
+@pytest.mark.parametrize(
+    ("prediction", "references", "expected"),
+    [
+        # Lin 2004, section 3.1, its example: LCS 3 of 4 words, then 2 of 4, whatever ROUGE-2 says
+        ("police kill the gunman", ["police killed the gunman"], 3 / 4),
+        ("the gunman kill police", ["police killed the gunman"], 2 / 4),
+        ("the cat on a mat", ["the cat sat on the mat"], 8 / 11),  # LCS the-cat-on-mat: P 4/5, R 4/6
+        ("The CAT, on a mat!", ["the cat sat on the mat."], 8 / 11),  # neither case nor punctuation counts
+        ("b a", ["a b"], 1 / 2),  # the order does, where F1 is 1
+        ("to be or not to be", ["to be"], 1 / 2),  # repeated words are words: P 2/6, R 2/2 (LongBench's package: 2/3)
+        ("north tower", ["south gate", "the north gate tower"], 2 / 3),  # the best reference: P 2/2, R 2/4
+        ("kills", ["kill"], 0.0),  # no stemming
+        ("", ["red"], 0.0),
+        ("...", ["..."], 0.0),  # no word on either side
+    ],
+)
+def test_rouge_l(prediction: str, references: list[str], expected: float) -> None:
+    assert rouge_l(prediction, references) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("metric", [exact_match, f1, rouge_l])
 @pytest.mark.parametrize("references", [[], (), "Paris"])
 def test_references_are_a_list(metric, references) -> None:
     with pytest.raises(ValueError, match="give a list of at least one text"):

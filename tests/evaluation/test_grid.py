@@ -73,6 +73,8 @@ def test_the_grid_of_generated_answers(
         assert {name: cell[name] for name in same} == {name: other[name] for name in same}
         assert "nll" not in cell and "f1" not in other
         assert cell["exact"] <= cell["exact_match"] <= cell["f1"] <= cell["f1_high"]
+        assert cell["exact_match"] <= cell["rouge_l"] <= cell["f1"], "these answers have neither articles nor repeats"
+        assert cell["rouge_l_low"] <= cell["rouge_l"] <= cell["rouge_l_high"]
         assert cell["cache_slots"] == pytest.approx(cell["slots"])
         assert cell["max_new_tokens"] >= 16 and 0 <= cell["hit_limit"] <= 1
     texts = [{o.text for o in outcomes if o.compression == factor} for factor in (None, 1, 8)]
