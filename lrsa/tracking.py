@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import wandb
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -102,6 +103,7 @@ def journalled(
         "code": code_fingerprint(),
         **{name: record.versions.get(name) for name in ("torch", "transformers")},
         "device": record.hardware["device"] if model.device.type == "cuda" else model.device.type,
+        "threads": torch.get_num_threads() if model.device.type == "cpu" else None,  # they decide how sums are split
         "attention_backend": conf.model.attention_backend,
     }
     determined = identity(model, conf.evaluation, tasks, generate) | {"machine": machine}

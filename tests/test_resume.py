@@ -66,6 +66,15 @@ def _hydra() -> Iterator[None]:
     GlobalHydra.instance().clear()
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """OpenMP's further threads do not come along into a forked process; and how many there are decides last digits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def configure(name: str, folder: Path, *overrides: str) -> Any:
     settings = EVAL if name == "eval" else TRAIN
     return OmegaConf.to_object(compose(name, [*settings, *overrides, f"run.output_dir={folder}"]))
@@ -128,7 +137,6 @@ def kill(run: Callable[[], object], reader: Reader, after: int) -> None:
     child = os.fork()
     if child == 0:
         try:
-            torch.set_num_threads(1)  # the threads of this process did not come along
             reader.limit = after
             run()
         finally:
@@ -215,6 +223,7 @@ def test_a_line_that_was_being_written_is_dropped(tmp_path: Path, reader: Reader
         (["evaluation.precision=bf16-mixed"], "evaluation.precision was '32-true', is 'bf16-mixed'"),
         (["evaluation.tasks.recall.seed=1"], "data.recall was '[0-9a-f]+', is '[0-9a-f]+'"),
         (["mode=generate"], "generate was None, is {"),
+        (["run.threads=2"], "machine.threads was 1, is 2"),
         (["model.dtype=bfloat16"], "model.weights was '[0-9a-f]+', is '[0-9a-f]+'"),
     ],
 )
