@@ -55,6 +55,7 @@ def test_generated_answers_and_their_table(tmp_path: Path, capsys: pytest.Captur
     run_evaluation(configure(tmp_path / "one", "mode=generate", "generate.block_size=100", "run.arm=one"))
     shown = capsys.readouterr().out
     assert "recall: exact match, %" in shown and "recall: F1, %" in shown
+    assert "recall: string match, %" in shown
     record = Record.load(tmp_path / "one")
     assert record.status == "finished" and record.config["mode"] == "generate"
     assert [cell["compression"] for cell in record.cells] == [None, 1, 4]
@@ -63,7 +64,12 @@ def test_generated_answers_and_their_table(tmp_path: Path, capsys: pytest.Captur
     assert (protocol["decoding"], protocol["truncation"], protocol["padding"]) == ("greedy", "none", "left")
     assert protocol["tasks"]["recall"] == {"prompt": "chat", "stop_tokens": {"3": "<end>"}}
     assert protocol["cache"]["block_size"] == 100 and len(protocol["chat_template"]["sha256"]) == 64
-    assert set(record.metrics) >= {"exact/recall/4x", "exact_match/recall/4x", "f1/recall/floor"}
+    assert set(record.metrics) >= {
+        "exact/recall/4x",
+        "exact_match/recall/4x",
+        "f1/recall/floor",
+        "string_match/recall/4x",
+    }
     assert record.data[0]["template"].endswith("{answer} <end>")
     rows = record.outcomes()
     assert len(rows) == 36 and all(isinstance(row["text"], str) for row in rows)
@@ -74,9 +80,49 @@ def test_generated_answers_and_their_table(tmp_path: Path, capsys: pytest.Captur
     assert same == [{key: row[key] for key in same[0]} for row in scored.outcomes()]
 
     options = {"records": [str(tmp_path)], "output": str(tmp_path / "table"), "figure": False, "bootstrap": 100}
+    table, _ = build(TableConf(metric="string_match", **options))
+    assert "String match, %" in (tmp_path / "table" / "table.md").read_text()
     table, _ = build(TableConf(metric="f1", **options))  # the scored run of the same arm has none, so does not clash
     text = (tmp_path / "table" / "table.md").read_text()
     assert "F1, %" in text and table.rows[0].cells[1].interval is not None
+
+
+def test_the_suite_runs_in_one_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tasks without a download; the two that read SQuAD and HotpotQA, from stand-ins."""
+    text = "The tower of town {} was built in {}. It stands by the river and has an old bell."
+    row = {"answers": {"text": ["1001"], "answer_start": [0]}, "title": "T", "answer": "1001"}
+    for name in ("squad", "hotpotqa", "prose"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+    for name in ("squad", "hotpotqa"):
+        lines = []
+        for number in range(3):
+            said, asked = text.format(number, 1001), f"When was tower {number} built?"
+            more = {"supporting_facts": {"title": ["T"]}, "context": {"title": ["T"], "sentences": [[said]]}}
+            more = {"context": said} if name == "squad" else more
+            lines.append(json.dumps({**row, "id": f"{name}{number}", "question": asked, **more}) + "\n")
+        (tmp_path / "data" / name / "validation.jsonl").write_text("".join(lines))
+    (tmp_path / "data" / "prose" / "a.txt").write_text("Rain fell on the town. People ran home and slept.\n\n" * 9)
+    monkeypatch.setenv("LRSA_DATA", str(tmp_path / "data"))
+    overrides = [
+        "model=tiny_random",
+        "trainer=cpu",
+        "logger=none",
+        "trainer.progress=false",
+        "evaluation.bootstrap=100",
+    ]
+    overrides += ["mode=generate", "task=[suite]", "evaluation.length=1300", "evaluation.compressions=[4]"]
+    conf = OmegaConf.to_object(compose("eval", [*overrides, f"run.output_dir={tmp_path / 'run'}"]))
+    assert isinstance(conf, EvalConf) and len(conf.evaluation.tasks) == 18
+    conf.evaluation.floor = False
+    for task in conf.evaluation.tasks.values():
+        task.limit = 1
+    conf.evaluation.tasks["ruler_cwe"].args |= {"common_repeats": 6, "uncommon_repeats": 1}
+    record = run_evaluation(conf)
+    assert [cell["task"] for cell in record.cells] == list(conf.evaluation.tasks)
+    assert all(cell["n"] == 1 and 0 <= cell["string_match"] <= 1 for cell in record.cells)
+    assert {cell["measured_ratio"] > 2 for cell in record.cells} == {True}
+    templates = {fact["name"]: fact["template"] for fact in record.data}
+    assert "they are: {answer}" in templates["ruler_vt"] and "Answer: {answer}" in templates["ruler_qa_1"]
 
 
 def test_lm_eval_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

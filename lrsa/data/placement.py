@@ -44,16 +44,18 @@ def shuffled(size: int, rng: random.Random) -> Iterator[int]:
 def largest_size(tokens: Callable[[int], int], least: int, room: int) -> int:
     """A size >= `least` that takes at most `room` tokens while the next one takes more; `least` where even that does.
 
-    Doubles until it is too much, then interpolates (every third time halves), as `tokens` is about linear and slow.
+    `tokens` is about linear, and slow: the search extrapolates until it is too much, then interpolates, and halves
+    every third time.
     """
     low, taken = least, tokens(least)
     if taken > room:
         return least
-    high, too_many = 2 * low, tokens(2 * low)
-    while too_many <= room:
-        low, taken = high, too_many
-        high, too_many = 2 * low, tokens(2 * low)
-    tries = 0
+    high = 2 * low + 8
+    while (found := tokens(high)) <= room:
+        rate = max(found - taken, 1) / (high - low)
+        low, taken = high, found
+        high = min(low + 1 + int(1.01 * (room - taken) / rate), 8 * low)
+    too_many, tries = found, 0
     while high - low > 1:
         tries += 1
         step = (high - low) // 2 if tries % 3 == 0 else (high - low) * (room - taken) // (too_many - taken)

@@ -197,6 +197,10 @@ def load(conf: ExamplesConf, stream: str = "evaluation") -> Loaded:
         example = source.read(row, **{name: args[name] for name in source.reads})
         if examples and bool(example.documents) != bool(examples[0].documents):
             row.fail("documents", "some rows have documents and others none: put them into separate files (parts)")
+        if example.messages and (args["asked"], args["answer_prefix"]) != ("{question}", ""):
+            row.fail(
+                "messages", "a conversation is worded as it is: args.asked and args.answer_prefix are of questions"
+            )
         documents = tuple(shared.setdefault(document, document) for document in example.documents)
         examples.append(replace(example, documents=documents, answer_prefix=args["answer_prefix"]))
     if not examples:

@@ -8,11 +8,11 @@ import pytest
 from omegaconf import OmegaConf
 
 from lrsa.config import ExamplesConf, config_dir
-from lrsa.data import ContextTooLongError, SampleSet
+from lrsa.data import ContextTooLongError, DataRowError, SampleSet
 from lrsa.data.babi import LEFT, MOVED, TOOK
 from lrsa.data.examples import target_text
 from lrsa.data.placement import largest_size
-from lrsa.data.sources import draw_context
+from lrsa.data.sources import draw_context, load
 from lrsa.evaluation.string_match import string_match
 from tests.data.conftest import squad_rows, write_rows
 
@@ -294,6 +294,13 @@ def test_ruler_question_answering(prompt: str, squad_folder, tmp_path, bytes_tok
 def test_what_cannot_be_drawn_is_refused(source: str, changes: dict, message: str, bytes_tokenizer) -> None:
     with pytest.raises(ValueError, match=message):
         SampleSet(ExamplesConf(source=source, **changes), bytes_tokenizer, 2000)
+
+
+def test_conversations_are_not_reworded(tmp_path) -> None:
+    messages = [{"role": "user", "content": "The sky?"}, {"role": "assistant", "content": "Is clear."}]
+    file = write_rows(tmp_path / "x.jsonl", [{"messages": messages}])
+    with pytest.raises(DataRowError, match=r"line 1, column 'messages': .*args\.answer_prefix"):
+        load(ExamplesConf(source="jsonl", path=str(file), args={"answer_prefix": "Answer:"}))
 
 
 def test_words_that_run_out_and_lists_that_do_not_fit(bytes_tokenizer) -> None:
