@@ -53,7 +53,7 @@ def build(conf: TableConf, command: str = "lrsa-table") -> tuple[ResultTable, li
     }
     if conf.retention is not None:
         table = build_retention(records, of=conf.retention, **wanted)
-        return table, write_table(table, output, conf.formats, stem="retention")
+        return table, write_table(table, output, conf.formats, stem=f"retention_{conf.retention}")
     table = build_table(records, **wanted)
     written = write_table(table, output, conf.formats)
     if conf.figure:

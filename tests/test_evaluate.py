@@ -165,6 +165,7 @@ def test_prose_by_position_and_its_table(tmp_path: Path, prose: Path, capsys: py
     axes = position_figure(frame).axes
     assert [panel.get_title(loc="left") for panel in axes] == ["one", "two"]
     assert axes[0].get_ylabel() == "NLL above full cache, nats a token"
+    assert axes[0].get_title(loc="right") == f"n = {windows}", "no difference without its n"
     between, _ = build(TableConf(figure=False, output=str(tmp_path / "arms"), **common))
     assert between.reference == "one" and between.differences[-1].arm == "two"
     assert position_figure(position_frame(between)).axes[0].get_ylabel() == "NLL of prose, nats a token"

@@ -127,7 +127,9 @@ def position_figure(stretches: pd.DataFrame) -> Figure:
                 axes.plot(
                     x, nll, color=colour, marker=marker, markeredgecolor="white", markeredgewidth=0.4, label=column
                 )
+            sizes = dict.fromkeys(stretches.loc[stretches["arm"] == arm, "n"])
             axes.set_title(str(arm), loc="left", fontweight="bold")
+            axes.set_title(f"n = {', '.join(sizes)}", loc="right")
             axes.set_xlim(left=0)
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
             axes.grid(axis="y", color="0.9", linewidth=0.5)

@@ -23,7 +23,7 @@ def position_frame(table: ResultTable) -> pd.DataFrame:
                 "nll": cell.interval.mean,
                 "low": cell.interval.low,
                 "high": cell.interval.high,
-                "n": cell.interval.n,
+                "n": cell.interval.size,
                 "difference": cell.interval.difference,
             }
             for row, width in zip(rows, widths, strict=True)
