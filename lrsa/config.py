@@ -171,6 +171,15 @@ class LMEvalConf:
 
 
 @dataclass
+class PerplexityConf:
+    """`perplexity`, of `lrsa-eval mode=perplexity`: prose in windows of `evaluation.length` tokens, one pass each."""
+
+    text: str = "Salesforce/wikitext:wikitext-2-raw-v1"  # folder of *.txt(.gz), a file, or hub id:config
+    windows: int = 100  # at most, spread evenly over the text; they do not overlap
+    buckets: int = 8  # equal stretches of a window, each with a row of its own
+
+
+@dataclass
 class RunConf:
     """What every command knows about its run."""
 
@@ -201,7 +210,7 @@ class TrainConf:
 class EvalConf:
     """`lrsa-eval`: evaluate a checkpoint over the grid."""
 
-    mode: str = "score"  # references in one pass; generate: answers; lm_eval: lm-eval's tasks
+    mode: str = "score"  # references in one pass; generate: answers; lm_eval: lm-eval's tasks; perplexity: of prose
     run: RunConf = field(default_factory=RunConf)
     model: ModelConf = field(default_factory=ModelConf)
     logger: LoggerConf = field(default_factory=LoggerConf)
@@ -209,6 +218,7 @@ class EvalConf:
     evaluation: EvaluationConf = field(default_factory=EvaluationConf)
     generate: GenerateConf = field(default_factory=GenerateConf)
     lm_eval: LMEvalConf = field(default_factory=LMEvalConf)
+    perplexity: PerplexityConf = field(default_factory=PerplexityConf)
     resume: str | None = None  # folder of a run that was killed or failed; what it finished is not computed again
 
 
@@ -221,7 +231,7 @@ class TableConf:
     output: str | None = None  # folder; default: experiments/<study>, without a study `tables`
     title: str = "Post-training x inference compression"
     arms: list[str] = field(default_factory=list)  # rows in this order; []: all, by name
-    reference: Any = None  # arm that differences are to, or {arm: its own}; default: the first
+    reference: Any = None  # arm that differences are to, {arm: its own}, or full: its full cache; default: the first
     tasks: list[str] = field(default_factory=list)
     compressions: list[float] = field(default_factory=list)  # columns, 1 for the full cache; []: all, and the floor
     names: Any = None  # {arm or task: as displayed}; Any, for Hydra refuses new keys of a typed mapping without a `+`

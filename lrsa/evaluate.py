@@ -1,6 +1,7 @@
 """`lrsa-eval`: evaluate a checkpoint over the grid of tasks and compressions.
 
-mode=score scores references in one pass each, mode=generate generates answers, mode=lm_eval runs lm-eval's tasks.
+mode=score scores references in one pass each, mode=generate generates answers, mode=lm_eval runs lm-eval's tasks,
+mode=perplexity reads prose.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lrsa.config import EvalConf, config_dir, register_configs
 from lrsa.evaluation import Task, evaluate, load_tasks
+from lrsa.evaluation.perplexity import evaluate_prose, read_windows
 from lrsa.models import build_model, build_tokenizer
 from lrsa.results import Record
 from lrsa.results.record import write_atomically
@@ -61,6 +63,8 @@ def run_evaluation(conf: EvalConf, overrides: Sequence[str] = ()) -> Record:
         tokenizer = build_tokenizer(conf.model)
         if conf.mode == "lm_eval":
             _run_lm_eval(conf, tokenizer, record, logger)
+        elif conf.mode == "perplexity":
+            _run_perplexity(conf, tokenizer, record, logger)
         else:
             _run_grid(conf, tokenizer, record, logger)
     return record
@@ -116,6 +120,19 @@ def generation_protocol(conf: EvalConf, tokenizer: PreTrainedTokenizerBase, task
             for task in tasks
         },
     }
+
+
+def _run_perplexity(
+    conf: EvalConf, tokenizer: PreTrainedTokenizerBase, record: Record, logger: WandbLogger | None
+) -> None:
+    length = conf.evaluation.length
+    assert length is not None  # checked by check_eval
+    windows = read_windows(tokenizer, conf.perplexity, length)
+    record.update(data=[windows.facts()])
+    model = _load_model(conf)
+    check_context_window(model.config, length)
+    cells, outcomes = evaluate_prose(model, windows, conf.evaluation, conf.perplexity, conf.trainer.progress)
+    finish(record, logger, cells, outcomes)
 
 
 def _run_lm_eval(

@@ -15,8 +15,9 @@ from rich.console import Console
 from rich.text import Text
 
 from lrsa.config import TableConf, config_dir, register_configs
-from lrsa.results.figures import accuracy_figure, loss_figure, save_figure
+from lrsa.results.figures import accuracy_figure, loss_figure, position_figure, save_figure
 from lrsa.results.formats import to_console, write_table
+from lrsa.results.positions import position_frame
 from lrsa.results.record import Record
 from lrsa.results.retention import build_retention
 from lrsa.results.store import load_records
@@ -52,7 +53,7 @@ def build(conf: TableConf, command: str = "lrsa-table") -> tuple[ResultTable, li
     }
     if conf.retention is not None:
         table = build_retention(records, of=conf.retention, **wanted)
-        return table, write_table(table, output, conf.formats, stem="retention")
+        return table, write_table(table, output, conf.formats, stem=f"retention_{conf.retention}")
     table = build_table(records, **wanted)
     written = write_table(table, output, conf.formats)
     if conf.figure:
@@ -64,6 +65,9 @@ def _write_figures(table: ResultTable, records: list[Record], output: Path) -> l
     written = []
     if table.metric.name == "exact":
         written += save_figure(accuracy_figure(plot_frame(table)), output, "accuracy")
+    stretches = position_frame(table)
+    if len(stretches):
+        written += save_figure(position_figure(stretches), output, "position")
     arms = list(dict.fromkeys(row.arm for row in table.rows))
     trained = [record for arm in arms for record in records if record.arm == arm and _has_curve(record)]
     if trained:

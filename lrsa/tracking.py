@@ -20,10 +20,11 @@ from transformers import PreTrainedModel
 
 from lrsa.config import EvalConf, GenerateConf, LoggerConf, RunConf, TrainConf
 from lrsa.evaluation import Journal, Task, identity
-from lrsa.results import Record, build_table, cells_frame, rows_for_logging
+from lrsa.results import Record, ResultTable, build_table, cells_frame, rows_for_logging
 from lrsa.results.environment import code_fingerprint
-from lrsa.results.figures import accuracy_figure
+from lrsa.results.figures import accuracy_figure, position_figure
 from lrsa.results.formats import to_console
+from lrsa.results.positions import position_frame
 from lrsa.results.tables import METRICS
 
 log = logging.getLogger(__name__)
@@ -126,7 +127,7 @@ def finish(
     metrics = summary_metrics(cells) | dict(metrics or {})
     record.finish(metrics, cells, outcomes)
     log_results(logger, metrics, cells, results_figure(record))
-    for metric in ("exact", "f1", "string_match"):
+    for metric in ("exact", "f1", "string_match") if not _prose(record) else ("nll",):
         if cells and metric in cells[0]:
             Console().print(results_table(record, metric))
     log.info("record: %s", record.path)
@@ -173,13 +174,26 @@ def summary_metrics(cells: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def results_figure(record: Record) -> Figure | None:
-    """Exact match against the measured ratio of one finished run; None without cells."""
+    """Exact match against the measured ratio of one finished run, or likelihood by position; None without cells."""
+    if _prose(record):
+        return position_figure(position_frame(_own_table(record, "nll")))
     return accuracy_figure(cells_frame([record])) if record.cells else None
 
 
 def results_table(record: Record, metric: str = "exact") -> RenderableType:
     """The finished run's cells as a table for the terminal."""
-    return to_console(build_table([record], title=f"{record.study}: {record.arm}, seed {record.seed}", metric=metric))
+    return to_console(_own_table(record, metric))
+
+
+def _own_table(record: Record, metric: str) -> ResultTable:
+    factors = {cell["compression"] for cell in record.cells}
+    reference = "full" if _prose(record) and 1 in factors and len(factors) > 1 else None
+    title = f"{record.study}: {record.arm}, seed {record.seed}"
+    return build_table([record], title=title, metric=metric, reference=reference)
+
+
+def _prose(record: Record) -> bool:
+    return any("positions" in cell for cell in record.cells)
 
 
 def plain(conf: Any) -> dict[str, Any]:

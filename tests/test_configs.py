@@ -298,7 +298,7 @@ def test_what_cannot_work_is_refused_with_values_and_fix(overrides: list[str], m
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["mode=lm-eval"], r"mode='lm-eval' is unknown; choose one of score, generate, lm_eval"),
+        (["mode=lm-eval"], r"mode='lm-eval' is unknown; choose one of score, generate, lm_eval, perplexity"),
         (["mode=generate", "generate.max_new_tokens=0"], r"generate\.max_new_tokens=0: tokens, at least 1, or null"),
         (
             ["attention@evaluation.attention=snapkv_once", "evaluation.tasks.squad.questions=2"],
@@ -310,6 +310,20 @@ def test_what_cannot_work_is_refused_with_values_and_fix(overrides: list[str], m
         ),
         (["mode=generate", "generate.block_size=-1"], r"generate\.block_size=-1"),
         (["mode=lm_eval"], r"lm_eval\.tasks is empty"),
+        (["mode=perplexity", "perplexity.windows=1"], r"perplexity\.windows=1: at least 2"),
+        (["mode=perplexity", "perplexity.buckets=0"], r"perplexity\.buckets=0: .* at least 1"),
+        (
+            ["mode=perplexity", "perplexity.buckets=300", "evaluation.length=512"],
+            r"perplexity\.buckets=300 of evaluation\.length=512 tokens are shorter than 2",
+        ),
+        (
+            ["mode=perplexity", "attention@evaluation.attention=snapkv_once"],
+            r"schedule=prefill_once does not work with mode=perplexity.*use schedule=chunked",
+        ),
+        (
+            ["mode=perplexity", "attention@evaluation.attention=oracle"],
+            r"scorer=oracle looks ahead, .* choose another for mode=perplexity",
+        ),
         (
             ["mode=generate", "attention@evaluation.attention=oracle"],
             r"mode=generate needs a cache, which cannot hold evaluation\.attention: scorer='oracle' .* use mode=score",
@@ -336,7 +350,8 @@ def test_evaluations_that_cannot_work_are_refused(overrides: list[str], message:
 
 
 def test_every_mode_passes() -> None:
-    for overrides in (["mode=score"], ["mode=generate"], ["mode=lm_eval", "lm_eval.tasks=[niah_single_1]"]):
+    modes = (["mode=score"], ["mode=generate"], ["mode=perplexity"], ["mode=lm_eval", "lm_eval.tasks=[niah_single_1]"])
+    for overrides in modes:
         conf = compose_eval("model=recall_tiny", "trainer=cpu", *overrides, "evaluation.length=512")
         check_eval(conf)
     check_eval(compose_eval("mode=generate", "attention@evaluation.attention=oracle", "evaluation.compressions=[1]"))

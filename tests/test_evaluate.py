@@ -15,10 +15,14 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from lrsa.config import EvalConf, TableConf, config_dir, register_configs
+from lrsa.data.wordlists import HAYSTACK
 from lrsa.evaluate import SAMPLES_FILE, run_evaluation
 from lrsa.evaluation.errors import EvaluationInputError, TruncationWarning
-from lrsa.results import Record
+from lrsa.results import Record, RecordError
+from lrsa.results.figures import position_figure
+from lrsa.results.positions import position_frame
 from lrsa.table import build
+from lrsa.tracking import results_figure
 from lrsa.validation import ConfigError
 
 TINY = [
@@ -170,6 +174,56 @@ def test_lm_eval_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
         samples = [json.loads(line) for line in lines]
     assert len(samples) == 6 and {sample["compression"] for sample in samples} == {1.0, 4.0}
     assert "exact_match,none" in capsys.readouterr().out
+
+
+@pytest.fixture
+def prose(tmp_path: Path) -> Path:
+    file = tmp_path / "prose.txt"
+    file.write_text("\n\n".join(" ".join(HAYSTACK[k : k + 4]) for k in range(0, len(HAYSTACK) - 4)))
+    return file
+
+
+def test_prose_by_position_and_its_table(tmp_path: Path, prose: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["mode=perplexity", f"perplexity.text={prose}", "perplexity.buckets=4", "evaluation.length=160"]
+    one = run_evaluation(configure(tmp_path / "runs/one", *options, "run.arm=one"))
+    assert "prose 120 to 159: difference to full, nats" in capsys.readouterr().out
+    record = Record.load(one.folder)
+    windows = record.data[0]["n"]
+    assert record.status == "finished" and record.data[0]["name"] == "prose" and windows > 5
+    stretches = [[0, 160], [0, 40], [40, 80], [80, 120], [120, 160]]
+    found = [(cell["compression"], cell["positions"]) for cell in record.cells]
+    assert found == [(factor, positions) for factor in (1, 4) for positions in stretches]
+    assert len(record.outcomes()) == 2 * 5 * windows
+    assert set(record.metrics) >= {"nll/prose/4x", "nll/prose 120 to 159/full"}
+    assert results_figure(record) is not None
+
+    run_evaluation(configure(tmp_path / "runs/two", *options, "run.arm=two", "evaluation.attention.sink_size=20"))
+    common = {"records": [str(tmp_path / "runs")], "metric": "nll", "bootstrap": 200}
+    table, written = build(TableConf(reference="full", output=str(tmp_path / "full"), **common))
+    assert {path.name for path in written} >= {"table.md", "position.pdf", "position.png"}
+    text = (tmp_path / "full/table.md").read_text()
+    assert "**Difference to full, nats**, paired by example:" in text and "NLL, nats a token, with" in text
+    assert f"| prose 120 to 159 | one | {windows} |" in text and "| 4x (1.00x to " in text
+    gain = table.differences[-1].cells
+    assert gain[0].interval and gain[0].interval.mean == 0 and gain[1].interval and gain[1].interval.mean != 0
+    frame = position_frame(table)
+    assert len(frame) == 2 * 2 * 4 and list(frame["middle"].unique()) == [20, 60, 100, 140]
+    axes = position_figure(frame).axes
+    assert [panel.get_title(loc="left") for panel in axes] == ["one", "two"]
+    assert axes[0].get_ylabel() == "NLL above full cache, nats a token"
+    assert axes[0].get_title(loc="right") == f"n = {windows}", "no difference without its n"
+    between, _ = build(TableConf(figure=False, output=str(tmp_path / "arms"), **common))
+    assert between.reference == "one" and between.differences[-1].arm == "two"
+    assert position_figure(position_frame(between)).axes[0].get_ylabel() == "NLL of prose, nats a token"
+    with pytest.raises(RecordError, match="no cell of the arms"):
+        build(TableConf(**(common | {"metric": "exact"})))
+
+
+def test_a_window_that_the_text_does_not_fill_is_told(tmp_path: Path, prose: Path) -> None:
+    options = ["mode=perplexity", f"perplexity.text={prose}", "evaluation.length=100000"]
+    with pytest.raises(EvaluationInputError, match=r"give a longer text, or lower evaluation\.length"):
+        run_evaluation(configure(tmp_path / "run", *options))
+    assert Record.load(tmp_path / "run").status == "failed"
 
 
 def test_rules_of_the_mask_form_are_scored(tmp_path: Path) -> None:

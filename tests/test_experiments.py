@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-TABLES = sorted((ROOT / "experiments").glob("*/table.md"))
+TABLES = sorted(path for name in ("table", "retention_*") for path in (ROOT / "experiments").glob(f"*/{name}.md"))
 ENTRIES = {"lrsa-table": "lrsa.table", "lrsa-bench": "lrsa.bench"}
 
 
-@pytest.mark.parametrize("table", TABLES, ids=lambda path: path.parent.name)
+@pytest.mark.parametrize("table", TABLES, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_its_own_command_rebuilds_a_table_byte_for_byte(table: Path, tmp_path: Path) -> None:
     found = re.match(r"<!-- Generated, do not edit\. Rebuild: (.*) -->\n", table.read_text())
     assert found, f"{table} does not name its command"
@@ -24,7 +24,7 @@ def test_its_own_command_rebuilds_a_table_byte_for_byte(table: Path, tmp_path: P
         # `rebuild` keeps the header the same although this run writes elsewhere.
         quoted = found.group(1).replace("\\", "\\\\").replace("'", "\\'")
         arguments += [f"output={tmp_path}", "figure=false", "formats=[markdown]", f"rebuild='{quoted}'"]
-        rebuilt = tmp_path / "table.md"
+        rebuilt = tmp_path / table.name
     else:
         rebuilt = tmp_path / arguments.pop().split("=", 1)[1]
         arguments += [f"table={rebuilt}", f"hydra.run.dir={tmp_path}/run"]

@@ -102,6 +102,11 @@ class Filler:
     def _marked(self, paragraph: tuple[str, ...]) -> list[str]:
         return [(SAME_PARAGRAPH if index else self.between) + text for index, text in enumerate(paragraph)]
 
+    def prose(self) -> Ids:
+        """All paragraphs in the order of the text, joined."""
+        pieces = [self.store.get(piece) for paragraph in self.paragraphs for piece in self._marked(paragraph)]
+        return np.concatenate(pieces)
+
     def _stream(self, rng: random.Random) -> Iterator[list[Ids]]:
         """Paragraphs without end, each a list of sentences' ids."""
         at = rng.randrange(len(self.paragraphs)) if self.paragraphs else 0

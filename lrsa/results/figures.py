@@ -110,6 +110,36 @@ def _draw_arm(axes: Axes, cells: pd.DataFrame, arm: str, index: int, count: int,
         axes.axhline(gold, color=colour, linewidth=0.8, linestyle=_GOLD, zorder=2)
 
 
+def position_figure(stretches: pd.DataFrame) -> Figure:
+    """NLL of prose against the position in its window, a panel an arm, a line a compression with its 95% band; of
+    differences to the full cache, a line at 0 for that. `stretches`: `positions.position_frame` of a table.
+    """
+    arms, columns = list(dict.fromkeys(stretches["arm"])), list(dict.fromkeys(stretches["column"]))
+    differences = bool(stretches["difference"].any())
+    figure, panels = _panels(len(arms))
+    with mpl.rc_context(STYLE):
+        for arm, axes in zip(arms, panels, strict=True):
+            for index, column in enumerate(columns):
+                line = stretches[(stretches["arm"] == arm) & (stretches["column"] == column)].sort_values("middle")
+                colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
+                x, nll, low, high = (line[name].to_numpy(dtype=float) for name in ("middle", "nll", "low", "high"))
+                axes.fill_between(x, low, high, color=colour, alpha=0.16, linewidth=0)
+                axes.plot(
+                    x, nll, color=colour, marker=marker, markeredgecolor="white", markeredgewidth=0.4, label=column
+                )
+            sizes = dict.fromkeys(stretches.loc[stretches["arm"] == arm, "n"])
+            axes.set_title(str(arm), loc="left", fontweight="bold")
+            axes.set_title(f"n = {', '.join(sizes)}", loc="right")
+            axes.set_xlim(left=0)
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+            axes.grid(axis="y", color="0.9", linewidth=0.5)
+            axes.set_axisbelow(True)
+        over = f"{'NLL above full cache' if differences else 'NLL of prose'}, nats a token"
+        _label_outer(panels, "token of the window", over)
+        _legend(figure, panels)
+    return figure
+
+
 _GOLD: Any = (0, (7, 2, 1, 2))
 
 

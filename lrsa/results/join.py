@@ -29,6 +29,7 @@ class Measured:
     ratios: dict[int, float] = field(default_factory=dict)
     kept: dict[int, tuple[float, float]] = field(default_factory=dict)  # slots a KV head, bytes of all: after a prompt
     fingerprints: set[str] = field(default_factory=set)
+    positions: tuple[int, int] | None = None  # of prose: tokens of a window, half-open
 
     @property
     def runs(self) -> list[dict[str, float]]:
@@ -65,13 +66,23 @@ class Joined:
 
     def difference(self, key: Key, other: str) -> Interval | None:
         """The cell minus that of arm `other`, paired; None where either is missing. ValueError for other examples."""
-        (arm, task, setting), base = key, (other, *key[1:])
+        return self._difference(key, (other, *key[1:]), (key[0], other))
+
+    def to_full(self, key: Key) -> Interval | None:
+        """The cell minus that of its own arm with the full cache, paired; 0 for that itself."""
+        base = (*key[:2], FULL)
+        if key != base:
+            return self._difference(key, base, (key[2].label, FULL.label))
+        mean = self.mean(key)
+        return mean and Interval(0.0, 0.0, 0.0, mean.n, mean.seeds, "definition", difference=True)
+
+    def _difference(self, key: Key, base: Key, names: tuple[str, str]) -> Interval | None:
         if (key, base) not in self._compared:
             a, b = self.cells.get(key), self.cells.get(base)
             try:
-                compared = a and b and paired_difference(a.runs, b.runs, self.n_resamples, self.seed, (arm, other))
+                compared = a and b and paired_difference(a.runs, b.runs, self.n_resamples, self.seed, names)
             except ValueError as error:
-                raise ValueError(f"{task} at {setting.label}: {error}") from error
+                raise ValueError(f"{key[1]} at {key[2].label}: {error}") from error
             self._compared[key, base] = compared or None
         return self._compared[key, base]
 
@@ -148,6 +159,7 @@ def collect_cells(
             into = found.setdefault((record.arm, task, setting), Measured())
             _check_claim(into.sources.get(record.seed), record, f"{task} at {setting.label}")
             into.sources[record.seed] = record
+            into.positions = (cell["positions"][0], cell["positions"][1]) if "positions" in cell else None
             into.values[record.seed] = {
                 name: float("nan") if row[metric] is None else float(row[metric]) for name, row in examples.items()
             }
@@ -168,7 +180,7 @@ def _check_agreement(
     if len(examples) != cell["n"] or not examples:
         raise RecordError(f"{where} says n={cell['n']}, {OUTCOMES_FILE} holds {len(examples)} examples")
     for name in dict.fromkeys(("exact", metric)):
-        if name == "nll":  # stored with six digits, and may be infinite
+        if name == "nll" or name not in cell:  # stored with six digits, and may be infinite
             continue
         values: list[Any] = [row.get(name) for row in examples.values()]
         mean = sum(map(float, values)) / len(values) if None not in values else None

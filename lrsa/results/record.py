@@ -224,7 +224,7 @@ class Record:
             kinds.setdefault((*row, *map(type, row.values())) if isinstance(row, dict) else (type(row),), number)
         for number in kinds.values():  # rows of the same keys and types pass or fail together
             try:
-                schema.check(rows[number - 1], schema.OUTCOME)
+                schema.check(rows[number - 1], schema.outcome_spec)
             except ValueError as error:
                 raise RecordError(f"{file}, line {number}: {error}") from error
         return rows
@@ -254,7 +254,7 @@ class Record:
                 if isinstance(row.get("nll"), float):
                     row["nll"] = round(row["nll"], 6)
                 try:
-                    schema.check(row, schema.OUTCOME)
+                    schema.check(row, schema.outcome_spec)
                 except ValueError as error:
                     raise RecordError(f"outcome {index}: {error}") from error
                 out.write((json.dumps(row, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8"))

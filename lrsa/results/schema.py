@@ -15,7 +15,7 @@ MaybeText = (str, type(None))
 MaybeList = (list, type(None))
 
 # A tuple: the types allowed. A mapping: its fields, `name?` if it may be absent; others are allowed. A list: of such
-# items.
+# items. A function: of the value, what it should be.
 CELL: dict[str, Any] = {
     "task": Text,
     "compression": MaybeNumber,  # 1: full cache; null: no context, the floor
@@ -54,6 +54,21 @@ CELL: dict[str, Any] = {
     "data_fingerprint?": MaybeText,
 }
 
+_EXACT = ("exact", "exact_low", "exact_high")
+POSITIONS: dict[str, Any] = {"positions": [(int,)], "nll": Number}  # half-open; of prose, which answers nothing
+POSITION_CELL = {
+    **{name: spec for name, spec in CELL.items() if name not in (*_EXACT, "nll?")},
+    **POSITIONS,
+    "nll_low": Number,
+    "nll_high": Number,
+}
+
+
+def cell_spec(value: Any) -> dict[str, Any]:
+    """What a cell holds: of answers, or of prose by position."""
+    return POSITION_CELL if isinstance(value, Mapping) and "positions" in value else CELL
+
+
 RECORD: dict[str, Any] = {
     "schema": (int,),
     "id": Text,  # hash of the resolved config: the same id is the same experiment
@@ -78,7 +93,7 @@ RECORD: dict[str, Any] = {
     ),  # steps, tokens, seconds, step_ms_median, peak_memory_bytes, loss_curve {step, loss}
     "metrics": (dict,),
     "protocol?": (dict, type(None)),  # how answers were made: template, stop tokens, decoding, truncation, cache
-    "cells": [CELL],
+    "cells": [cell_spec],
     "error": (dict, type(None)),  # type, message, traceback
 }
 
@@ -98,10 +113,21 @@ OUTCOME: dict[str, Any] = {
     "generated_tokens?": (int,),
     "hit_limit?": (bool,),
 }
+POSITION_OUTCOME = {
+    **{name: spec for name, spec in OUTCOME.items() if name not in (*_EXACT, "nll?")},
+    **POSITIONS,
+}
+
+
+def outcome_spec(value: Any) -> dict[str, Any]:
+    """What an outcome holds: of an answer, or of a stretch of prose."""
+    return POSITION_OUTCOME if isinstance(value, Mapping) and "positions" in value else OUTCOME
 
 
 def check(value: Any, spec: Any, field: str = "") -> None:
     """Raises ValueError, naming the field and what it holds, where `value` is not as `spec` says."""
+    if callable(spec):
+        spec = spec(value)
     if isinstance(spec, tuple):
         # bool is an int to Python, not to a reader of the record
         if not isinstance(value, spec) or (isinstance(value, bool) and bool not in spec):

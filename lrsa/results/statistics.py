@@ -149,7 +149,7 @@ def retention(
     """The share of full - full_floor that is left as score - floor, paired by example id.
 
     full_floor: of the model that `full` is of, whose seeds are resampled independently; None: the same model, so that
-    all three hold the same seeds in the same order, resampled together.
+    all three hold the same seeds in the same order, resampled together. The seeds of the share are those of `score`.
 
     Raises ValueError when the example ids differ, or for runs of one model that are not as many.
     """
@@ -182,8 +182,7 @@ def retention(
                 under, over = (shift + bound / total for bound in _bonett_price(up, down, n))
                 low, high, method = min(low, under), max(high, over), "bonett-price"
     mean = gain / total
-    seeds = max(len(kept), len(top))
-    return Retention(Interval(mean, min(low, mean), max(high, mean), n, seeds, method), whole)
+    return Retention(Interval(mean, min(low, mean), max(high, mean), n, len(kept), method), whole)
 
 
 def wilson(successes: float, n: int) -> tuple[float, float]:

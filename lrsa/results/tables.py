@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from lrsa.results.join import Joined, TableWarning, collect_cells
+from lrsa.results.join import FULL, Joined, TableWarning, collect_cells
 from lrsa.results.record import Record, RecordError
 from lrsa.results.statistics import RESAMPLES, Interval
 from lrsa.results.store import Setting
@@ -85,12 +85,13 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """``reference``: the arm that a row of differences is to."""
+    """``reference``: the arm that a row of differences is to; ``positions``: of prose, half-open."""
 
     task: str
     arm: str
     cells: tuple[Cell, ...]
     reference: str | None = None
+    positions: tuple[int, int] | None = None
 
     @property
     def size(self) -> str | None:
@@ -147,7 +148,8 @@ def build_table(
     `arms` and `tasks` give rows and their order (default: all, arms by name, tasks as evaluated); one that no record
     holds becomes `missing` cells. `compressions` choose the columns (default: all that were measured, floor and gold
     too).
-    `reference` (default: the first arm) is what the differences are to, or for each arm that is to have one, its own.
+    `reference` (default: the first arm) is what the differences are to, or for each arm that is to have one, its own;
+    `full` is each arm's own full cache.
     `names` are display names. Raises ValueError for an unknown metric or reference and for arms scored on different
     examples; RecordError where outcomes contradict the record's cells, two different experiments claim one cell, or
     nothing is left.
@@ -162,13 +164,15 @@ def build_table(
             keys = [(arm, task, column.setting) for column in columns]
             ratios = [joined.cells[key].ratio if key in joined.cells else None for key in keys]
             wins = [best[column] == arm for column in columns]
-            rows.append(Row(task, arm, tuple(map(Cell, map(joined.mean, keys), ratios, wins))))
-            if arm in references:
-                gains = [joined.difference(key, references[arm]) for key in keys]
-                differences.append(Row(task, arm, tuple(map(Cell, gains, ratios)), references[arm]))
+            where = next((joined.cells[key].positions for key in keys if key in joined.cells), None)
+            rows.append(Row(task, arm, tuple(map(Cell, map(joined.mean, keys), ratios, wins)), positions=where))
+            to = references.get(arm)
+            if to is not None:
+                gains = [joined.to_full(key) if to == FULL.label else joined.difference(key, to) for key in keys]
+                differences.append(Row(task, arm, tuple(map(Cell, gains, ratios)), to, where))
     table = ResultTable(
         title=title,
-        metric=METRICS[metric],
+        metric=metric_of(joined, metric),
         columns=columns,
         rows=tuple(rows),
         differences=tuple(differences),
@@ -210,6 +214,10 @@ def select(
     arms = list(arms) or sorted({arm for arm, _, _ in joined.cells})
     tasks = list(tasks) or list(dict.fromkeys(task for _, task, _ in joined.cells))
     reference = reference if reference is not None else (arms[0] if len(arms) > 1 else None)
+    if reference == FULL.label and reference not in arms:
+        if not any(setting == FULL for _, _, setting in joined.cells):
+            raise RecordError("reference=full: no record holds the full column; name an arm, or evaluate at 1 too")
+        return Selection(joined, arms, tasks, dict.fromkeys(arms, reference), reference)
     if reference is None or isinstance(reference, str):
         references = {arm: reference for arm in arms if reference not in (None, arm)}
     else:
@@ -223,6 +231,12 @@ def select(
         how = "; only `lrsa-eval mode=generate` measures it" if metric in GENERATED else ""
         raise RecordError(f"the records hold no cell{of} of the arms and tasks asked for; arms there: {there}{how}")
     return Selection(joined, arms, tasks, references, reference)
+
+
+def metric_of(joined: Joined, metric: str) -> Metric:
+    """That of `METRICS`, without the word answer where prose was read."""
+    prose = any(cell.positions is not None for cell in joined.cells.values())
+    return replace(METRICS[metric], title=METRICS[metric].title.removeprefix("answer ")) if prose else METRICS[metric]
 
 
 def columns_of(joined: Joined) -> tuple[Column, ...]:
@@ -245,6 +259,8 @@ def notes_of(table: ResultTable, joined: Joined) -> tuple[str, ...]:
         notes.append("Floor: the same model without the context.")
     if "gold" in labels:
         notes.append("Gold: the same model with the gold documents alone, full cache.")
+    if any(row.positions for row in table.rows):
+        notes.append("Prose by position in its window, n windows; the measured ratio is that at a row's last token.")
     if any(cell.best for cell in cells):
         notes.append("Bold: better than every other arm, each paired interval clear of 0.")
     missing = sum(cell.weight is None for cell in cells)
@@ -304,9 +320,9 @@ def rows_for_logging(cells: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]
             "task": cell["task"],
             "compression": Setting.of(cell).label,
             "measured_ratio": cell.get("measured_ratio"),
-            "exact_match": 100 * cell["exact"],
-            "low": 100 * cell["exact_low"],
-            "high": 100 * cell["exact_high"],
+            "exact_match": _percent(cell.get("exact")),
+            "low": _percent(cell.get("exact_low")),
+            "high": _percent(cell.get("exact_high")),
             "n": cell["n"],
             "nll": cell.get("nll"),
             "normalised_exact_match": _percent(cell.get("exact_match")),

@@ -37,14 +37,14 @@ from lrsa.evaluation.errors import EvaluationInputError
 from lrsa.evaluation.peers import build_press
 from lrsa.results import Record, RecordError
 from lrsa.training import NonFiniteLoss, find_checkpoint, micro_batches
-from lrsa.validation import attention
+from lrsa.validation import attention, perplexity
 from lrsa.validation.problems import ConfigError, ConfigWarning, raised
 
 PRECISIONS = ("32-true", "bf16-mixed")
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 WANDB_MODES = ("online", "offline", "disabled", "shared")
 DTYPES = ("float32", "bfloat16", "float16")
-EVAL_MODES = ("score", "generate", "lm_eval")
+EVAL_MODES = ("score", "generate", "lm_eval", "perplexity")
 
 # What the user can put right: the message says how, and where in the code it was noticed does not matter.
 BAD_INPUT = (
@@ -125,6 +125,8 @@ def check_eval(conf: EvalConf) -> None:
     if conf.mode == "lm_eval":
         problems += _lm_eval(conf.lm_eval)
         problems += attention.lm_eval_once(conf.evaluation)
+    if conf.mode == "perplexity":
+        problems += perplexity.problems_of(conf.perplexity, conf.evaluation)
     _report(problems)
     if conf.mode != "lm_eval":  # whose prompts have lengths of their own
         attention.warn_evaluation(conf.evaluation, None)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lrsa.results import Record, RecordError, downsample, environment
+from lrsa.results import Record, RecordError, downsample, environment, schema
 from lrsa.results.record import config_id, write_atomically
 
 from .conftest import MakeRun, share
@@ -233,3 +233,18 @@ def test_downsample_averages_stretches() -> None:
     assert downsample([], []) == {"step": [], "loss": []}
     with pytest.raises(ValueError, match="1 steps and 2 values"):
         downsample([1], [1.0, 2.0])
+
+
+def test_prose_by_position_has_fields_of_its_own(tmp_path: Path) -> None:
+    cell = {"task": "prose", "compression": 4, "n": 2, "positions": [0, 8], "nll": 3.0, "nll_low": 2.9, "nll_high": 3.1}
+    outcome = {"task": "prose", "id": "w", "compression": 4, "positions": [0, 8], "nll": 3.0, "tokens": 7}
+    schema.check(cell, schema.cell_spec)
+    schema.check(outcome, schema.outcome_spec)
+    for value, spec in ((cell, schema.cell_spec), (outcome, schema.outcome_spec)):
+        answer = {name: item for name, item in value.items() if name != "positions"}
+        with pytest.raises(ValueError, match="field 'exact' is missing"):  # of answers, which have no positions
+            schema.check(answer, spec)
+        with pytest.raises(ValueError, match=r"field 'positions\[1\]': expected a whole number"):
+            schema.check(value | {"positions": [0, 2.5]}, spec)
+        with pytest.raises(ValueError, match="field 'nll'"):
+            schema.check({name: item for name, item in value.items() if name != "nll"}, spec)

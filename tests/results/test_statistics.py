@@ -218,6 +218,8 @@ def test_seeds_of_one_model_are_resampled_together() -> None:
     assert own is not None and other is not None and own.seeds == 3
     assert own.mean == other.mean == pytest.approx(0.5)
     assert other.high - other.low > 1.2 * (own.high - own.low)
+    one = retention(half[1], floor[0], full, floor).share
+    assert one is not None and one.seeds == 1 and one.mean == pytest.approx(0.5)
     with pytest.raises(ValueError, match="a score has 3 seeds and its floor 2"):
         retention(half, floor[:2], full)
     with pytest.raises(ValueError, match="different examples"):

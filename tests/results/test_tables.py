@@ -88,6 +88,22 @@ def test_gold_alone_is_a_column_of_its_own(make_run: MakeRun, tmp_path: Path) ->
     assert [row["compression"] for row in rows_for_logging(arms[0].cells)] == ["floor", "full", "4x", "gold"]
 
 
+def test_differences_to_each_arms_own_full_cache(make_run: MakeRun) -> None:
+    arms = [make_run("dense", DENSE), make_run("lrsa", {**LRSA, ("needles", 1): share(90)})]
+    table = build_table(arms, reference="full", **FAST)
+    assert [[cell.interval and round(cell.interval.mean, 6) for cell in row.cells] for row in table.differences] == [
+        [-1.0, 0.0, -0.6],
+        [-0.9, 0.0, -0.1],
+    ]
+    text = to_markdown(table)
+    assert "**Difference to full, points**" in text and "| needles | lrsa | 100 | -90.0 [" in text
+    full = make_run("full", DENSE)
+    assert build_table([*arms, full], reference="full", **FAST).row_name(table.rows[0]) == "dense"
+    assert [row.arm for row in build_table([*arms, full], reference="full", **FAST).differences] == ["dense", "lrsa"]
+    with pytest.raises(RecordError, match="reference=full: no record holds the full column"):
+        build_table(arms, reference="full", compressions=[4], **FAST)
+
+
 def test_bold_needs_to_beat_every_arm(make_run: MakeRun) -> None:
     close = {("needles", 4): share(78)}
     records = [make_run("dense", DENSE), make_run("lrsa", LRSA), make_run("close", close)]
