@@ -8,11 +8,11 @@ The script's edges are kept: punctuation is ASCII's alone and goes without leavi
 articles go after punctuation; two texts that are both empty once normalised match exactly, yet share no word, so that
 their F1 is 0 (SQuAD v2.0, with its questions without an answer, counts that as 1).
 
-ROUGE-L (Lin 2004, aclanthology.org/W04-1013, section 3.1, the F-measure with beta 1) is that of the package rouge-score,
-Google's port of the original script: lower case, words of ASCII letters and digits, no stemming. LongBench's own metric
-(THUDM/LongBench, metrics.py) takes another package's, `rouge` 1.0.1, which nobody keeps and which computes another
-number under the name: case and punctuation count, each distinct word once, and sentences, cut at full stops, are united.
-lm-eval's `longbench` tasks compute that one; this one is for answers to this project's tasks, and not comparable to it.
+ROUGE-L (Lin 2004, aclanthology.org/W04-1013, section 3.1, its F-measure with beta 1) is that of the package
+rouge-score, a port of the original script: lower case, words of ASCII letters and digits, no stemming. LongBench's own
+metric (THUDM/LongBench, metrics.py) takes another package's, `rouge` 1.0.1, which nobody keeps, and which computes
+another number under the name: case and punctuation count, each distinct word once, and sentences, cut at full stops,
+are joined. lm-eval's `longbench` tasks compute that one; this one is for this project's tasks, not comparable to it.
 """
 
 from __future__ import annotations
