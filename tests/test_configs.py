@@ -105,6 +105,25 @@ def test_the_suite_is_rulers_thirteen_and_five_more() -> None:
     assert {name: task.limit for name, task in tasks.items() if task.limit != 100} == {"passkey64": 110}
 
 
+def test_every_choice_of_lm_eval_tasks_composes_and_is_known() -> None:
+    """Composed, checked, and each name one of lm-eval's (its folders are indexed, no data is loaded) or ours."""
+    import lm_eval.tasks
+
+    from lrsa.evaluation.lm_eval_tasks import FOLDER
+
+    own = Path(lm_eval.tasks.__file__).parent
+    names = ("ruler", "longbench", "longbench2", "infinitebench", "babilong")
+    manager = lm_eval.tasks.TaskManager(include_path=[*(own / name for name in names), FOLDER], include_defaults=False)
+    assert set(options("lm_eval")) >= {*names, "ruler_qa", "lrsa"}
+    for option in options("lm_eval"):
+        conf = compose_eval("mode=lm_eval", f"lm_eval={option}")
+        check_eval(conf)
+        assert conf.lm_eval.tasks and set(conf.lm_eval.tasks) <= set(manager.all_tasks)
+    assert compose_eval("lm_eval.tasks=[x]").lm_eval.tasks == ["x"]
+    long = compose_eval("mode=lm_eval", "lm_eval=ruler", "lm_eval.metadata={max_seq_lengths: [8192]}")
+    assert long.lm_eval.metadata == {"max_seq_lengths": [8192]}
+
+
 def test_recipes_set_the_training_attention_and_studies_the_geometry() -> None:
     overrides = ["experiment=demo", "attention.sink_size=3", "attention.dense_layers=[0]"]
     for recipe, scorer, compressions in (

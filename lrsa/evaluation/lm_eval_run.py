@@ -19,11 +19,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lrsa.attention import from_conf
 from lrsa.config import EvaluationConf, LMEvalConf
 from lrsa.data.tokens import digest
+from lrsa.evaluation import lm_eval_ruler
 from lrsa.evaluation.errors import EvaluationInputError
 from lrsa.evaluation.lm_eval_model import LRSALM
+from lrsa.evaluation.lm_eval_tasks import FOLDER
 from lrsa.evaluation.scoring import evaluating
-
-VARIABLE_TRACKING = ("ruler", "ruler_vt")
 
 
 @dataclass
@@ -58,10 +58,12 @@ def run_lm_eval(
         seed: of Python, numpy and torch; before documents are made, and again before each compression.
 
     Raises:
-        EvaluationInputError: a task that lm-eval does not know, or that would never end with this tokenizer.
+        EvaluationInputError: a task that lm-eval does not know, that would never end with this tokenizer, or that needs
+            a package.
+        ConnectionError: a task's data cannot be had.
     """
     attention = from_conf(evaluation.attention)
-    tasks = _load_tasks(tokenizer, conf, seed)
+    tasks, scoring = _load_tasks(tokenizer, conf, seed)
     result = LMEvalResult()
     runs: dict[str, Any] = {}
     for factor in evaluation.compressions:
@@ -113,6 +115,7 @@ def run_lm_eval(
                 "tasks": {
                     name: {"version": found["versions"].get(name), "num_fewshot": found["n-shot"].get(name)}
                     | {"generation_kwargs": found["configs"][name].get("generation_kwargs")}
+                    | ({"scoring": scoring[name]} if name in scoring else {})
                     for name in found["configs"]
                 },
             }
@@ -124,14 +127,21 @@ def _label(factor: float) -> str:
     return "full" if factor == 1 else f"{factor:g}x"
 
 
-def _load_tasks(tokenizer: PreTrainedTokenizerBase, conf: LMEvalConf, seed: int) -> Sequence[Any]:
-    """Tasks and groups with their documents, made once: RULER's take minutes, and each compression gets the same."""
+def _load_tasks(
+    tokenizer: PreTrainedTokenizerBase, conf: LMEvalConf, seed: int
+) -> tuple[Sequence[Any], dict[str, str]]:
+    """Tasks and groups with their documents, made once: RULER's take minutes, and each compression gets the same.
+
+    Second, how tasks are scored that are not scored as lm-eval does.
+    """
     with tempfile.TemporaryDirectory() as folder:
         metadata = dict(conf.metadata or {})
         if "tokenizer" not in metadata:  # tasks that make documents of a length read it from a folder
             tokenizer.save_pretrained(folder)
             metadata["tokenizer"] = folder
-        manager = TaskManager(include_path=conf.include_path, metadata=metadata)
+        manager = TaskManager(
+            include_path=[str(FOLDER), *([conf.include_path] if conf.include_path else [])], metadata=metadata
+        )
         unknown = [name for name in conf.tasks if name not in manager.all_tasks and not Path(name).is_file()]
         if unknown:
             near = [known for name in unknown for known in difflib.get_close_matches(name, manager.all_tasks, 4)]
@@ -139,50 +149,46 @@ def _load_tasks(tokenizer: PreTrainedTokenizerBase, conf: LMEvalConf, seed: int)
                 f"lm_eval.tasks: lm-eval knows no {', '.join(unknown)}{' but ' + ', '.join(near) if near else ''}. "
                 "`lm-eval ls tasks` lists its own; lm_eval.include_path=FOLDER adds yours"
             )
-        if set(conf.tasks) & set(VARIABLE_TRACKING):
-            check_variable_tracking(tokenizer, metadata.get("max_seq_lengths"))
         random.seed(seed)
         np.random.seed(seed)
         torch.manual_seed(seed)
         try:
-            loaded = manager.load(list(conf.tasks))
-        except ModuleNotFoundError as error:
-            raise EvaluationInputError(
-                f"lm_eval.tasks={list(conf.tasks)} need the package {error.name!r}, which is not installed; for RULER: "
-                "pip install 'lrsa[ruler]'"
-            ) from error
+            lm_eval_ruler.check_prompts(conf.tasks, tokenizer, metadata.get("max_seq_lengths"))
+            with lm_eval_ruler.without_downloads(conf.tasks):
+                loaded = manager.load(list(conf.tasks))
+        except Exception as error:  # a task's code raises whatever it likes
+            better = _cannot_load(conf.tasks, error)
+            if better is error:
+                raise
+            raise better from error
+    scoring = lm_eval_ruler.take_best_reference(loaded["tasks"])
     groups: Mapping[str, Any] = loaded.get("groups", {})
     inside = {task.task_name for group in groups.values() for task in group.get_all_tasks()}
     return [
         *(group for name, group in groups.items() if name in conf.tasks),
         *(task for name, task in loaded["tasks"].items() if name not in inside),
-    ]
+    ], scoring
 
 
-def check_variable_tracking(tokenizer: PreTrainedTokenizerBase, lengths: Sequence[int] | None) -> None:
-    """RULER's variable tracking draws a prompt until one is short enough, for ever where none is.
-
-    The shortest have 10 lines of filler and an example, which has 5 and grows to 500 tokens; 30 are for the answer.
-
-    Raises:
-        EvaluationInputError: its shortest prompts are longer than what it allows, as with a tokenizer of few words.
-    """
-    from lm_eval.tasks.ruler import vt_utils
-
-    state = random.getstate(), np.random.get_state()
-    example, prompt = (
-        len(tokenizer(f"{text} {answer}")["input_ids"]) + 30
-        for text, answer in (vt_utils.generate_input_output(n, 1, 4, is_icl=n == 5) for n in (5, 10))
+def _cannot_load(tasks: Sequence[str], error: Exception) -> Exception:
+    """What to raise for an `error` in loading tasks: one that names the fix, or the error itself."""
+    if isinstance(error, ImportError):
+        return EvaluationInputError(
+            f"lm_eval.tasks={list(tasks)} need a package that is not installed ({error}): pip install 'lrsa[ruler]' "
+            "for RULER, 'lrsa[longbench]' for LongBench"
+        )
+    if isinstance(error, ValueError) and not isinstance(error, OSError):  # it says what is wrong
+        return error
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    if cause is None:
+        return error
+    return ConnectionError(  # an OSError under it all: no network, no such data set, no such file
+        f"lm_eval.tasks={list(tasks)} need data that cannot be loaded ({type(error).__name__}: {error}). Most of "
+        f"lm-eval's tasks download theirs; without a network, RULER's {', '.join(lm_eval_ruler.OFFLINE)} run "
+        "(lm_eval=ruler), and this project's own (lm_eval=lrsa)"
     )
-    random.setstate(state[0])
-    np.random.set_state(state[1])
-    needs = [("its example", example, 500), *((f"a prompt of {n}", prompt + 500, n) for n in lengths or [4096])]
-    for what, need, room in needs:
-        if need > room:
-            raise EvaluationInputError(
-                f"ruler_vt may never end: with this tokenizer {what} takes {need} tokens, and may have {room}. Leave "
-                "the task out, raise lm_eval.metadata={max_seq_lengths: [...]}, or take another tokenizer"
-            )
 
 
 def _metrics(results: Mapping[str, Mapping[str, Any]], label: str) -> dict[str, float]:
@@ -191,6 +197,7 @@ def _metrics(results: Mapping[str, Mapping[str, Any]], label: str) -> dict[str, 
         for task, values in results.items()
         for name, value in values.items()
         if "," in name and isinstance(value, int | float | np.number) and not isinstance(value, bool)
+        if not lm_eval_ruler.is_unmeasured(name, float(value))
     }
 
 
