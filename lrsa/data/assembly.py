@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -155,11 +156,13 @@ class SampleSet(Dataset[Sample]):
         if self.bare and self.examples[0].messages:
             return "messages, through the tokenizer's chat template"
         gap = f"{self.args['instruction']}{{documents}}{NEW_PARAGRAPH}" if self.context and not self.bare else ""
-        return self.prompt.template(gap, self.conf.questions > 1)
+        return self.prompt.template(gap, self.conf.questions > 1 and not self.conf.apart)
 
     def _fingerprint(self) -> str:
         """Over what decides the samples; not over paths: the same rows from the hub or a folder are the same data."""
         said = {k: v for k, v in asdict(self.conf).items() if k not in ("weight", "path", "split", "filler", "args")}
+        if not self.conf.apart:
+            del said["apart"]  # fingerprints are older than the field
         said |= {"args": {k: v for k, v in self.args.items() if k not in ("config", "revision")}}
         said |= {"length": self.length, "context": self.context, "stream": self.stream}
         filler = self.filler.fingerprint if self.filler else ""
@@ -190,6 +193,37 @@ class SampleSet(Dataset[Sample]):
             length=joiner.size,
             context_length=joiner.context,
         )
+
+    def asked(self, index: int) -> list[Sample]:
+        """Sample `index` as evaluation asks it: itself; or, with `conf.apart`, a sample a question, each the first one
+        after the same context, which leaves room for all of them: such samples are shorter than T.
+        """
+        sample = self.sample(index)
+        if not self.conf.apart:
+            return [sample]
+        examples, size = self.examples_of(index), sample.context_length
+        needed = [d.text for e in examples for d in e.documents if d.is_supporting]
+        depths = dict(zip(needed if self.synthetic else dict.fromkeys(needed), sample.gold_depth, strict=bool(size)))
+        found = []
+        for example in examples:
+            joiner = Joiner()
+            joiner.add(np.array(sample.input_ids[:size], dtype=np.int64))
+            question, *answer = self.store.encode(self._texts([example]))[-3:]
+            joiner.add(question)
+            joiner.add(*answer, target=True)
+            found.append(
+                Sample(
+                    id=example.id,
+                    input_ids=joiner.ids(),
+                    answer_spans=joiner.spans,
+                    question_ids=(example.id,),
+                    answers=(example.answers,),
+                    gold_depth=tuple(depths[d.text] for d in example.documents if d.is_supporting and size),
+                    length=joiner.size,
+                    context_length=size,
+                )
+            )
+        return found
 
     def check(self, count: int) -> None:
         """Raise ContextTooLongError now if one of the first `count` samples would not fit, rather than hours later."""

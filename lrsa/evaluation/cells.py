@@ -105,6 +105,7 @@ def generate_cell(
         compression=column.compression,
         block_size=settings.block_size,
         press=press,
+        share_context=settings.share_context,
         on_batch=on_batch,
         finished=finished,
     )
@@ -118,7 +119,8 @@ def generate_cell(
         "max_new_tokens": answers.max_new_tokens,
         "generated_tokens": sum(written) / len(written),
         "hit_limit": sum(answer.hit_limit for answer in answers.outcomes) / len(written),
-        **_speed(seconds, sum(prompts) + sum(written)),
+        "prefilled_tokens": answers.prefilled_tokens,
+        **_speed(seconds, answers.prefilled_tokens + sum(written)),
     }
     if press is not None:  # which has no closed form: what was counted stands for it
         cell |= {"slots": cell["cache_slots"], "measured_ratio": cell["cache_ratio"]}

@@ -121,7 +121,7 @@ def evaluate(
                 title = f"{task.name} {'no context' if factor is None else 'full' if factor == 1 else f'{factor:g}x'}"
                 if prompts.fingerprint not in made:
                     bar.start(f"{task.name}: building prompts", len(prompts))
-                    made = {prompts.fingerprint: [prompts[index] for index in range(len(prompts))]}
+                    made = {prompts.fingerprint: [one for index in range(len(prompts)) for one in prompts.asked(index)]}
                 samples = made[prompts.fingerprint]
                 used = None if attention is None or factor is None else attention.with_compression(factor)
                 column = Column(task.name, samples, used, factor)

@@ -31,6 +31,7 @@ CELL: dict[str, Any] = {
     "f1_low?": Number,
     "f1_high?": Number,
     "max_new_tokens?": (int,),
+    "prefilled_tokens?": (int,),  # of all prompts as they were read, a context that questions share once
     "generated_tokens?": Number,  # mean of an answer, the stop token included
     "hit_limit?": Number,  # fraction of answers that were cut at max_new_tokens
     "length?": MaybeNumber,  # prompt tokens
