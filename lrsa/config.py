@@ -65,7 +65,8 @@ class ExamplesConf:
     path: str | None = None  # hub name, local folder or file; synthetic sources have none
     split: str = "train"
     weight: float = 1.0  # share of the training mixture
-    questions: int = 1  # per context
+    questions: int = 1  # per context, one after another in a sample
+    apart: bool = False  # of a task: each of a context's questions is a sample of its own, over the same context
     limit: int | None = None  # samples of a task (training: recipe.steps); None: every question once
     seed: int = 0
     # prose: folder of *.txt(.gz), or hub id:config; repeat: RULER's line of noise; None: the built-in sentences
@@ -149,6 +150,7 @@ class GenerateConf:
 
     max_new_tokens: int | None = None  # None: what the task's longest reference takes, and 16 more
     block_size: int | None = None  # tokens of a prompt read at once, to bound memory; None: all
+    share_context: bool = True  # read a context that several questions have in common once; peers read each prompt
     peer: str | None = None  # kvpress/<Press>, which then compresses instead of `evaluation.attention`
     peer_args: Any = None  # mapping, of the press, its compression_ratio excepted; Any as TableConf.names
 

@@ -111,6 +111,7 @@ def generation_protocol(conf: EvalConf, tokenizer: PreTrainedTokenizerBase, task
             "compressed": conf.generate.peer or "SparseKVCache",
             "peer_args": dict(conf.generate.peer_args or {}),
             "block_size": conf.generate.block_size,
+            "share_context": conf.generate.share_context and conf.generate.peer is None,
         },
         "tasks": {
             task.name: {

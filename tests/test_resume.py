@@ -176,6 +176,23 @@ def test_a_killed_evaluation_goes_on_where_it_was(tmp_path: Path, reader: Reader
     assert Record.load(tmp_path / "a").status == "running", "a folder that was only read is as it was"
 
 
+def test_questions_over_one_context_go_on_as_well(tmp_path: Path, reader: Reader) -> None:
+    """4 of a context in rounds of 3 and 1: between the two, the context is read again, and counted once."""
+    settings = ["mode=generate", "evaluation.tasks.recall.limit=2", "evaluation.floor=false"]
+    settings += ["evaluation.tasks.recall.questions=4", "evaluation.tasks.recall.apart=true"]
+    whole = evaluated(tmp_path / "whole", *settings)
+    rows = reader.taken()
+    assert len(rows) == 2 * 2 * (1 + 4)
+    reader.limit, reader.stop = 4, fail
+    with pytest.raises(RuntimeError, match="out of luck"):
+        evaluated(tmp_path / "cut", *settings)
+    reader.limit = None
+    reader.taken()
+    again = evaluated(tmp_path / "again", *settings, f"resume={tmp_path / 'cut'}")
+    assert reader.taken() == [rows[0], *rows[4:]]
+    assert_same(again, whole)
+
+
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_killed_in_the_evaluation_after_training(tmp_path: Path, reader: Reader) -> None:
     whole = trained(tmp_path / "whole")

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from lrsa.data.examples import Document, Example, stream_rng, target_text
 from lrsa.data.filler import NEW_PARAGRAPH, SAME_PARAGRAPH, Filler
 from lrsa.data.placement import Joiner, largest_size, place, shuffled
 from lrsa.data.prompts import conversation_pieces, make_prompt
+from lrsa.data.sample import ContextTooLongError, Sample
 from lrsa.data.sources import SYNTHETIC_SAMPLES, Loaded, draw_context, load, plain_conf, source_args, source_of
 from lrsa.data.synthetic import SYNTHETIC
 from lrsa.data.tokens import Ids, default_cache_dir, digest, token_store
@@ -36,32 +37,6 @@ from lrsa.data.tokens import Ids, default_cache_dir, digest, token_store
 RULE = "1"  # of assembly; raise it when the same inputs give other samples, so that fingerprints tell
 _DRAWS = 3  # contexts of a synthetic source that its fingerprint looks at
 _MISSES = 16  # passages in a row that are too long for what is left, before filler takes over
-
-
-class ContextTooLongError(ValueError):
-    """What a sample must hold takes more than T tokens; the message says by how many."""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Token ids with the ranges to learn or score.
-
-    `answer_spans` are half-open ranges of `input_ids`, one a question, the end-of-turn token included; `answers` the
-    references of each question (the first is the one in the tokens, or with `all_answers` all of them,
-    `examples.target_text`); `gold_depth` where each gold passage starts,
-    0 to 1 of the context's tokens, in the order of the questions' documents; `context_length` the tokens before the
-    first question: what a method that compresses without knowing the question may see. 0 without a context.
-    """
-
-    id: str
-    input_ids: list[int]
-    answer_spans: list[tuple[int, int]]
-    question_ids: tuple[str, ...]
-    answers: tuple[tuple[str, ...], ...]
-    gold_depth: tuple[float, ...]
-    length: int
-    context_length: int = 0
-    all_answers: bool = False
 
 
 class SampleSet(Dataset[Sample]):
@@ -170,11 +145,13 @@ class SampleSet(Dataset[Sample]):
         if self.bare and self.examples[0].messages:
             return "messages, through the tokenizer's chat template"
         gap = f"{self.args['instruction']}{{documents}}{NEW_PARAGRAPH}" if self.context and not self.bare else ""
-        return self.prompt.template(gap, self.conf.questions > 1)
+        return self.prompt.template(gap, self.conf.questions > 1 and not self.conf.apart)
 
     def _fingerprint(self) -> str:
         """Over what decides the samples; not over paths: the same rows from the hub or a folder are the same data."""
         said = {k: v for k, v in asdict(self.conf).items() if k not in ("weight", "path", "split", "filler", "args")}
+        if not self.conf.apart:
+            del said["apart"]  # fingerprints are older than the field
         # asked, answer_prefix: in the template
         said |= {
             "args": {k: v for k, v in self.args.items() if k not in ("config", "revision", "asked", "answer_prefix")}
@@ -183,7 +160,8 @@ class SampleSet(Dataset[Sample]):
         said |= {"gold_only": True} if self.gold_only else {}
         filler = self.filler.fingerprint if self.filler else ""
         parts = [RULE, json.dumps(said, sort_keys=True, default=str), self.store.fingerprint, self.template, filler]
-        first = [draw_context(self.conf, index, self.stream) for index in range(_DRAWS)] if self.synthetic else []
+        hashed = self.task is not None and self.task.hash_draws
+        first = [draw_context(self.conf, index, self.stream) for index in range(_DRAWS)] if hashed else []
         drawn = [json.dumps(asdict(example), sort_keys=True) for examples in first for example in examples]
         return digest([*parts, digest(drawn or [repr(example) for example in self.examples])])
 
@@ -212,6 +190,38 @@ class SampleSet(Dataset[Sample]):
             context_length=joiner.context,
             all_answers=examples[0].all_answers,
         )
+
+    def asked(self, index: int) -> list[Sample]:
+        """Sample `index` as evaluation asks it: itself; or, with `conf.apart`, a sample a question, each the first one
+        after the same context, which leaves room for all of them: such samples are shorter than T.
+        """
+        sample = self.sample(index)
+        if not self.conf.apart:
+            return [sample]
+        examples, size = self.examples_of(index), sample.context_length
+        needed = [d.text for e in examples for d in e.documents if d.is_supporting]
+        depths = dict(zip(needed if self.synthetic else dict.fromkeys(needed), sample.gold_depth, strict=bool(size)))
+        found = []
+        for example in examples:
+            joiner = Joiner()
+            joiner.add(np.array(sample.input_ids[:size], dtype=np.int64))
+            question, *answer = self.store.encode(self._texts([example]))[-3:]
+            joiner.add(question)
+            joiner.add(*answer, target=True)
+            found.append(
+                Sample(
+                    id=example.id,
+                    input_ids=joiner.ids(),
+                    answer_spans=joiner.spans,
+                    question_ids=(example.id,),
+                    answers=(example.answers,),
+                    gold_depth=tuple(depths[d.text] for d in example.documents if d.is_supporting and size),
+                    length=joiner.size,
+                    context_length=size,
+                    all_answers=example.all_answers,
+                )
+            )
+        return found
 
     def check(self, count: int) -> None:
         """Raise ContextTooLongError now if one of the first `count` samples would not fit, rather than hours later."""

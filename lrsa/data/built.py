@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from lrsa.data.assembly import Sample, SampleSet
+from lrsa.data.assembly import SampleSet
+from lrsa.data.sample import Sample
 from lrsa.data.tokens import digest, write_arrays
 
 log = logging.getLogger(__name__)
@@ -35,19 +36,21 @@ def _facts(sample: Sample) -> dict[str, Any]:
 
 
 def build_samples(data: SampleSet, advance: Callable[[int, int], None] | None = None) -> list[Sample]:
-    """`list(data)`; from the cache folder where they were built before. An unreadable or altered file is built anew.
+    """The samples that evaluation asks, in order; from the cache folder where they were built before. An unreadable or
+    altered file is built anew.
 
     advance: called with (1, tokens) after each sample that is built.
     """
     file = data.cache_dir / "samples" / f"{digest([data.fingerprint, _code()])}.npz"
-    found = _read(file, len(data))
+    found = _read(file)
     if found is not None:
         return found
     samples = []
     for index in range(len(data)):
-        samples.append(data[index])
+        asked = data.asked(index)
+        samples += asked
         if advance is not None:
-            advance(1, samples[-1].length)
+            advance(1, sum(sample.length for sample in asked))
     _write(file, samples)
     return samples
 
@@ -63,7 +66,7 @@ def _write(file: Path, samples: list[Sample]) -> None:
     )
 
 
-def _read(file: Path, count: int) -> list[Sample] | None:
+def _read(file: Path) -> list[Sample] | None:
     if not file.exists():
         return None
     try:
@@ -72,7 +75,7 @@ def _read(file: Path, count: int) -> list[Sample] | None:
         facts = json.loads(text)
         parts = np.split(ids, ends[:-1])
         samples = [_sample(part.tolist(), one) for part, one in zip(parts, facts["samples"], strict=True)]
-        if len(samples) != count or content_hash(samples) != facts["content"]:
+        if content_hash(samples) != facts["content"]:
             raise ValueError("its content is not what was written")
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         log.warning("samples %s are unreadable (%s): building them again", file, error)

@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from transformers import PreTrainedTokenizerBase
 
 from lrsa.config import DataConf, ExamplesConf, RecipeConf
-from lrsa.data.assembly import Sample, SampleSet
+from lrsa.data.assembly import SampleSet
+from lrsa.data.sample import Sample
 from lrsa.data.tokens import digest
 
 

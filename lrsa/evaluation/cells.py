@@ -89,7 +89,7 @@ def generate_cell(
     on_batch: OnBatch | None = None,
     finished: Finished | None = None,
 ) -> tuple[Cell, list[Answer]]:
-    """Answers generated greedily: exact match by token and normalised, F1, ROUGE-L, string match; the cache measured."""
+    """Answers generated greedily: exact match by token and normalised, F1, ROUGE-L, string match; the cache as held."""
     finished = finished or Finished()
     clock = time.perf_counter() - finished.seconds
     press = None
@@ -111,6 +111,7 @@ def generate_cell(
         context=column.context,
         block_size=settings.block_size,
         press=press,
+        share_context=settings.share_context,
         on_batch=on_batch,
         finished=finished,
     )
@@ -124,7 +125,8 @@ def generate_cell(
         "max_new_tokens": answers.max_new_tokens,
         "generated_tokens": sum(written) / len(written),
         "hit_limit": sum(answer.hit_limit for answer in answers.outcomes) / len(written),
-        **_speed(seconds, sum(prompts) + sum(written)),
+        "prefilled_tokens": answers.prefilled_tokens,
+        **_speed(seconds, answers.prefilled_tokens + sum(written)),
     }
     if press is not None:  # which has no closed form: what was counted stands for it
         cell |= {"slots": cell["cache_slots"], "measured_ratio": cell["cache_ratio"]}

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from lrsa.attention import SparseAttentionConfig
 from lrsa.cache import prefill
@@ -24,7 +24,8 @@ from lrsa.evaluation.errors import EvaluationInputError
 from lrsa.evaluation.journal import Finished
 from lrsa.evaluation.measured import MeasuredCache, count_cache
 from lrsa.evaluation.peers import prefill_under
-from lrsa.evaluation.scoring import answer_ids, autocast, batches_of_similar_length, evaluating
+from lrsa.evaluation.prefixes import ReadContexts, can_share, left_pad, plan
+from lrsa.evaluation.scoring import answer_ids, autocast, evaluating
 from lrsa.evaluation.string_match import string_match
 from lrsa.models import make_cache
 
@@ -58,6 +59,7 @@ class Answers:
     outcomes: list[Answer]
     cache: dict[str, Any]
     max_new_tokens: int
+    prefilled_tokens: int  # of prompts that were read; a shared context counts once
 
 
 def stop_tokens(tokenizer: PreTrainedTokenizerBase, end: str = "") -> dict[int, str]:
@@ -101,6 +103,7 @@ def generate_answers(
     context: str = "full",
     block_size: int | None = None,
     press: Any = None,
+    share_context: bool = True,
     on_batch: Callable[[int, int], None] | None = None,
     finished: Finished | None = None,
 ) -> Answers:
@@ -119,6 +122,8 @@ def generate_answers(
         block_size: tokens of the prompt read at once; None: all.
         press: of kvpress (`peers.build_press`), which compresses the context before the question is read; `attention`
             is then None.
+        share_context: read a context that several questions have in common once, where `prefixes.can_share` allows it
+            and without a press; the answers are the same, to rounding.
         on_batch: called with (answers, tokens read and written) after each batch that is not finished already.
         finished: batches of an earlier attempt, which are not computed again; gets those that are.
 
@@ -140,24 +145,36 @@ def generate_answers(
         question.check(limit, stop_ids)
     finished = finished or Finished()
     outcomes: dict[int, Answer] = {}
-    measured = MeasuredCache()
+    measured, prefilled, pad_id = MeasuredCache(), 0, pad_id_of(tokenizer)
+    prompts, contexts = [question.prompt for question in questions], [question.context for question in questions]
+    share = share_context and press is None and can_share(model, attention)
     with evaluating(model, attention), torch.no_grad(), autocast(model.device, precision):
-        for indices in batches_of_similar_length([len(question.prompt) for question in questions], batch_size):
-            rows = [questions[index] for index in indices]
-            done = finished.get(indices)
-            if done is None:
-                prompts, pad_id, before = [row.prompt for row in rows], pad_id_of(tokenizer), rows[0].context
-                written, counts = _generate(model, prompts, pad_id, stop_ids, limit, block_size, press, before)
-                answers = [
-                    row.outcome(ids, stop_ids, tokenizer, task, compression, context)
-                    for row, ids in zip(rows, written, strict=True)
-                ]
-                done = finished.add(indices, outcomes=[asdict(answer) for answer in answers], cache=counts)
-                if on_batch is not None:
-                    on_batch(len(rows), sum(len(row.prompt) for row in rows) + sum(map(len, written)))
-            measured.add(done["cache"])
-            outcomes |= {index: Answer(**found) for index, found in zip(indices, done["outcomes"], strict=True)}
-    return Answers([outcomes[index] for index in range(len(questions))], measured.facts(), limit)
+        for job in plan(prompts, contexts, batch_size, share):
+            room = max(len(prompts[index]) for indices in job.rounds for index in indices) + limit
+            read = ReadContexts(model, job.contexts, pad_id, room, block_size)
+            for number, indices in enumerate(job.rounds):
+                done = finished.get(indices)
+                if done is None:
+                    rows = [prompts[index] for index in indices]
+                    if job.contexts:
+                        copy = read.copy([job.of[index] for index in indices], last=number == len(job.rounds) - 1)
+                        prompt = _go_on(model, rows, *copy, pad_id, limit, block_size)
+                    else:
+                        prompt = _read(model, rows, pad_id, limit, block_size, press, contexts[indices[0]])
+                    counts = count_cache(prompt.cache, [len(row) for row in rows])
+                    written = _write(model, prompt, stop_ids, limit)
+                    found = [
+                        asdict(questions[index].outcome(ids, stop_ids, tokenizer, task, compression, context))
+                        for index, ids in zip(indices, written, strict=True)
+                    ]
+                    tokens = job.tokens(number, prompts)
+                    done = finished.add(indices, outcomes=found, cache=counts, prefilled=tokens)
+                    if on_batch is not None:
+                        on_batch(len(rows), tokens + sum(map(len, written)))
+                measured.add(done["cache"])
+                prefilled += done["prefilled"]
+                outcomes |= {index: Answer(**found) for index, found in zip(indices, done["outcomes"], strict=True)}
+    return Answers([outcomes[index] for index in range(len(questions))], measured.facts(), limit, prefilled)
 
 
 @dataclass(frozen=True)
@@ -224,29 +241,68 @@ def _questions(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> list[_Ques
     return found
 
 
-def _generate(
+@dataclass(frozen=True)
+class _Prompt:
+    """A batch of prompts that was read: logits ``[B, V]`` after them, tokens of each ``[B]``, the mask of all columns
+    with room for the answer, None without pads, and the number of columns read.
+    """
+
+    cache: Cache
+    logits: Tensor
+    lengths: Tensor
+    mask: Tensor | None
+    width: int
+
+
+def _read(
     model: PreTrainedModel,
     prompts: list[list[int]],
     pad_id: int,
-    stop_ids: Collection[int],
-    limit: int,
+    room: int,
     block_size: int | None,
-    press: Any = None,
-    context: int = 0,
-) -> tuple[list[list[int]], dict[str, float]]:
-    """Greedy continuations, a stop token included, at most `limit` tokens each; and `count_cache` of the prompts."""
-    input_ids, mask = left_pad(prompts, pad_id, limit, model.device)
+    press: Any,
+    context: int,
+) -> _Prompt:
+    """Each prompt whole. ``context``: tokens that a press compresses."""
+    input_ids, mask = left_pad(prompts, pad_id, room, model.device)
     width = input_ids.shape[1]
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
-    stop = torch.tensor(sorted(stop_ids), device=model.device)
-    cache = make_cache(model, max_tokens=max(map(len, prompts)) + limit)
+    cache = make_cache(model, max_tokens=max(map(len, prompts)) + room)
     if press is None:
         logits = prefill(model, input_ids, cache, None if mask is None else mask[:, :width], block_size)
     else:
         logits = prefill_under(press, model, input_ids, cache, context)
-    counts = count_cache(cache, [len(prompt) for prompt in prompts])
-    done = torch.zeros(len(prompts), dtype=torch.bool, device=model.device)
+    return _Prompt(cache, logits, lengths, mask, width)
+
+
+def _go_on(
+    model: PreTrainedModel,
+    prompts: list[list[int]],
+    cache: Cache,
+    before: Tensor,
+    pad_id: int,
+    room: int,
+    block_size: int | None,
+) -> _Prompt:
+    """What is left of prompts whose beginnings ``cache`` has read, ``before [B, columns]`` being its mask."""
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
+    rest = [prompt[length:] for prompt, length in zip(prompts, before.sum(-1).tolist(), strict=True)]
+    input_ids, mask = left_pad(rest, pad_id, room, model.device)
+    width = before.shape[1] + input_ids.shape[1]
+    if mask is None:
+        mask = torch.ones((len(rest), input_ids.shape[1] + room), dtype=torch.long, device=model.device)
+    whole = torch.cat([before, mask], 1)
+    seen = None if bool(whole.all()) else whole
+    logits = prefill(model, input_ids, cache, None if seen is None else seen[:, :width], block_size)
+    return _Prompt(cache, logits, lengths, seen, width)
+
+
+def _write(model: PreTrainedModel, prompt: _Prompt, stop_ids: Collection[int], limit: int) -> list[list[int]]:
+    """Greedy continuations, a stop token included, at most `limit` tokens each."""
+    stop = torch.tensor(sorted(stop_ids), device=model.device)
+    done = torch.zeros(len(prompt.lengths), dtype=torch.bool, device=model.device)
     written: list[Tensor] = []
+    logits = prompt.logits
     while True:
         # What a finished row goes on with is cut off below.
         written.append(logits.argmax(-1))
@@ -255,30 +311,16 @@ def _generate(
             break
         outputs = model(
             input_ids=written[-1][:, None],
-            attention_mask=None if mask is None else mask[:, : width + len(written)],
-            position_ids=(lengths + len(written) - 1)[:, None],
-            past_key_values=cache,
+            attention_mask=None if prompt.mask is None else prompt.mask[:, : prompt.width + len(written)],
+            position_ids=(prompt.lengths + len(written) - 1)[:, None],
+            past_key_values=prompt.cache,
             use_cache=True,
         )
         logits = outputs.logits[:, -1]
-    return [_until(row, stop_ids) for row in torch.stack(written, 1).tolist()], counts
+    return [_until(row, stop_ids) for row in torch.stack(written, 1).tolist()]
 
 
 def _until(ids: list[int], stop_ids: Collection[int]) -> list[int]:
     """Up to the first stop token, which stays."""
     first = next((number for number, token in enumerate(ids) if token in stop_ids), len(ids) - 1)
     return ids[: first + 1]
-
-
-def left_pad(
-    prompts: Sequence[Sequence[int]], pad_id: int, room: int, device: torch.device
-) -> tuple[Tensor, Tensor | None]:
-    """Ids ``[B, T]`` with pads on the left, and their mask ``[B, T + room]``, 1 at tokens, old and new; None without
-    pads."""
-    width = max(map(len, prompts))
-    ids = torch.full((len(prompts), width), pad_id, dtype=torch.long)
-    mask = torch.ones((len(prompts), width + room), dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt, dtype=torch.long)
-        mask[row, : width - len(prompt)] = 0
-    return ids.to(device), None if bool(mask.all()) else mask.to(device)

@@ -38,6 +38,7 @@ CELL: dict[str, Any] = {
     "string_match_low?": Number,
     "string_match_high?": Number,
     "max_new_tokens?": (int,),
+    "prefilled_tokens?": (int,),  # of all prompts as they were read, a context that questions share once
     "generated_tokens?": Number,  # mean of an answer, the stop token included
     "hit_limit?": Number,  # fraction of answers that were cut at max_new_tokens
     "length?": MaybeNumber,  # prompt tokens

@@ -174,6 +174,8 @@ def _examples(where: str, conf: ExamplesConf) -> Iterator[str]:
         yield from raised(where, lambda: source_args(conf))
     if conf.questions < 1:
         yield f"{where}.questions={conf.questions}: questions a context, at least 1"
+    if conf.apart and conf.questions == 1:
+        yield f"{where}.apart=true asks several questions over one context, but {where}.questions=1: raise it"
     if conf.limit is not None and conf.limit < 1:
         yield f"{where}.limit={conf.limit}: number of samples, at least 1, or null for all"
     if conf.prompt not in PROMPTS:
@@ -189,6 +191,8 @@ def _data(conf: DataConf) -> Iterator[str]:
         yield from _examples(f"data.parts.{name}", part)
         if part.weight < 0:
             yield f"data.parts.{name}.weight={part.weight}: a share of the mixture, not below 0"
+        if part.apart:
+            yield f"data.parts.{name}.apart=true is for tasks: a training sample holds all questions of its context"
         if part.limit is not None:
             yield (
                 f"data.parts.{name}.limit={part.limit} bounds tasks alone: training reads recipe.steps x "

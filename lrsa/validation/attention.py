@@ -22,7 +22,7 @@ def one_question(
 ) -> Iterator[str]:
     """A row that is compressed once, at the end of its prompt, has one answer. (Conversations are found when read.)"""
     for name, part in examples.items():
-        if used and conf.schedule == ONCE and part.questions > 1:
+        if used and conf.schedule == ONCE and part.questions > 1 and not part.apart:
             yield (
                 f"{where}.schedule={ONCE} compresses at the end of the prompt, and a row of {parts}.{name}.questions="
                 f"{part.questions} has no one end: set {parts}.{name}.questions=1, or {where}.schedule=chunked"

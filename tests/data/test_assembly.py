@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -338,3 +339,33 @@ def test_values_from_words(words_tokenizer) -> None:
     assert len(data[0].answers[0][0].split()) == 2
     start, stop = data[0].answer_spans[0]
     assert words_tokenizer.decode(data[0].input_ids[start:stop]) == data[0].answers[0][0] + " <end>"
+
+
+def test_questions_apart_share_their_context(squad_folder, bytes_tokenizer) -> None:
+    """Each is the first one after the same tokens; ids, references and depths are its own; the floor has them too."""
+    conf = squad(squad_folder, questions=3, limit=2, apart=True)
+    data, turns = (SampleSet(replace(conf, apart=apart), bytes_tokenizer, 1400) for apart in (True, False))
+    floor = SampleSet(conf, bytes_tokenizer, None, context=False)
+    assert (
+        data.fingerprint
+        != turns.fingerprint
+        == SampleSet(squad(squad_folder, questions=3, limit=2), bytes_tokenizer, 1400).fingerprint
+    )
+    assert turns.asked(0) == [turns[0]]
+    assert data.template.count("{question}") == 1 < turns.template.count("{question}")
+    for index in range(2):
+        whole, samples = turns[index], data.asked(index)
+        assert [one.id for one in samples] == [one.id for one in floor.asked(index)] == list(whole.question_ids)
+        context = whole.input_ids[: whole.context_length]
+        assert len(context) > 700
+        first, *_ = samples
+        assert first.input_ids == whole.input_ids[: first.length]
+        for number, (one, bare) in enumerate(zip(samples, floor.asked(index), strict=True)):
+            assert one.input_ids[: one.context_length] == context and one.length == len(one.input_ids) < 1400
+            assert (one.answers, len(one.answer_spans)) == ((whole.answers[number],), 1)
+            (start, stop), (old, end) = one.answer_spans[0], whole.answer_spans[number]
+            assert stop == one.length and one.input_ids[start:stop] == whole.input_ids[old:end]
+            assert len(one.gold_depth) == 1 and one.gold_depth[0] in whole.gold_depth and bare.gold_depth == ()
+            assert bare.context_length == 0 and bytes_tokenizer.decode(bare.input_ids).count(
+                data.examples_of(index)[number].question
+            )

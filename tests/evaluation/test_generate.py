@@ -117,7 +117,8 @@ def test_several_questions_a_context(
     conf = ExamplesConf(source="needles", limit=4, questions=3, args=RECALL_ARGS)
     samples = [SampleSet(conf, tokenizer, 300)[index] for index in range(4)]
     seen: list[tuple[int, int]] = []
-    answers = generate_answers(recall_model, samples, None, **options, on_batch=lambda *found: seen.append(found))
+    options |= {"share_context": False, "on_batch": lambda *found: seen.append(found)}
+    answers = generate_answers(recall_model, samples, None, **options)
     scored = score(recall_model, samples, None, batch_size=4, pad_id=0)
     assert [(a.id, a.exact) for a in answers.outcomes] == [(o.id, o.exact) for o in scored]
     assert len(answers.outcomes) == 12 and sum(a.exact for a in answers.outcomes) >= 10

@@ -1,0 +1,31 @@
+"""One prompt with its answers, as tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+class ContextTooLongError(ValueError):
+    """What a sample must hold takes more than T tokens; the message says by how many."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Token ids with the ranges to learn or score.
+
+    `answer_spans` are half-open ranges of `input_ids`, one a question, the end-of-turn token included; `answers` the
+    references of each question (the first is the one in the tokens, or with `all_answers` all of them,
+    `examples.target_text`); `gold_depth` where each gold passage starts,
+    0 to 1 of the context's tokens, in the order of the questions' documents; `context_length` the tokens before the
+    first question: what a method that compresses without knowing the question may see. 0 without a context.
+    """
+
+    id: str
+    input_ids: list[int]
+    answer_spans: list[tuple[int, int]]
+    question_ids: tuple[str, ...]
+    answers: tuple[tuple[str, ...], ...]
+    gold_depth: tuple[float, ...]
+    length: int
+    context_length: int = 0
+    all_answers: bool = False
