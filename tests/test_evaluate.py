@@ -63,7 +63,7 @@ def test_generated_answers_and_their_table(tmp_path: Path, capsys: pytest.Captur
     assert (protocol["decoding"], protocol["truncation"], protocol["padding"]) == ("greedy", "none", "left")
     assert protocol["tasks"]["recall"] == {"prompt": "chat", "stop_tokens": {"3": "<end>"}}
     assert protocol["cache"]["block_size"] == 100 and len(protocol["chat_template"]["sha256"]) == 64
-    assert set(record.metrics) >= {"exact/recall/4x", "exact_match/recall/4x", "f1/recall/floor"}
+    assert set(record.metrics) >= {"exact/recall/4x", "exact_match/recall/4x", "f1/recall/floor", "rouge_l/recall/4x"}
     assert record.data[0]["template"].endswith("{answer} <end>")
     rows = record.outcomes()
     assert len(rows) == 36 and all(isinstance(row["text"], str) for row in rows)

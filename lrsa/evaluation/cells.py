@@ -14,6 +14,7 @@ from lrsa.attention import SparseAttentionConfig
 from lrsa.config import EvaluationConf, GenerateConf
 from lrsa.data import Sample
 from lrsa.data.datamodule import pad_id_of
+from lrsa.evaluation.answers import rouge_scorer
 from lrsa.evaluation.generate import Answer, generate_answers
 from lrsa.evaluation.peers import build_press
 from lrsa.evaluation.scoring import Outcome, score
@@ -75,6 +76,7 @@ def generate_cell(
     on_batch: OnBatch | None = None,
 ) -> tuple[Cell, list[Answer]]:
     """Answers generated greedily: token-exact and normalised exact match, F1 and ROUGE-L, and the cache as measured."""
+    rouge_scorer()  # its import is not this cell's time
     clock = time.perf_counter()
     press = None
     if settings.peer is not None and column.compression not in (None, 1):
