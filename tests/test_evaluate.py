@@ -72,6 +72,7 @@ def test_generated_answers_and_their_table(tmp_path: Path, capsys: pytest.Captur
         "exact/recall/4x",
         "exact_match/recall/4x",
         "f1/recall/floor",
+        "rouge_l/recall/4x",
         "string_match/recall/4x",
     }
     assert record.data[0]["template"].endswith("{answer} <end>")

@@ -77,6 +77,7 @@ def test_wheel_carries_configs_assets_and_licence(wheel: Path) -> None:
         for path in (p for p in (ROOT / folder).rglob("*") if p.is_file() and "__pycache__" not in p.parts):
             assert f"lrsa/{folder.removeprefix('lrsa/')}/{path.relative_to(ROOT / folder).as_posix()}" in names
     assert "lrsa/conf/train.yaml" in names
+    assert {"lrsa/evaluation/tasks/_lrsa_yaml", "lrsa/evaluation/tasks/lrsa_needles.yaml"} <= set(names)
     assert "lrsa/py.typed" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not [name for name in names if name.startswith(("tests/", "conf/", "experiments/"))]

@@ -55,12 +55,13 @@ def rouge_l(prediction: str, references: Sequence[str]) -> float:
     0 where either has no word, so for scripts other than Latin too. ValueError without references.
     """
     _check(references)
-    return float(_rouge_scorer().score_multi(references, prediction)["rougeL"].fmeasure)
+    return float(rouge_scorer().score_multi(references, prediction)["rougeL"].fmeasure)
 
 
 @cache
-def _rouge_scorer() -> Any:
-    from rouge_score.rouge_scorer import RougeScorer  # seconds, for it imports nltk
+def rouge_scorer() -> Any:
+    """What `rouge_l` asks; the first call takes seconds, for the package imports nltk."""
+    from rouge_score.rouge_scorer import RougeScorer
 
     return RougeScorer(["rougeL"], use_stemmer=False)
 

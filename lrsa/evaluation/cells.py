@@ -14,6 +14,7 @@ from lrsa.attention import SparseAttentionConfig
 from lrsa.config import EvaluationConf, GenerateConf
 from lrsa.data import Sample
 from lrsa.data.datamodule import pad_id_of
+from lrsa.evaluation.answers import rouge_scorer
 from lrsa.evaluation.generate import Answer, generate_answers
 from lrsa.evaluation.journal import Finished
 from lrsa.evaluation.peers import build_press
@@ -90,6 +91,7 @@ def generate_cell(
     finished: Finished | None = None,
 ) -> tuple[Cell, list[Answer]]:
     """Answers generated greedily: exact match by token and normalised, F1, ROUGE-L, string match; the cache as held."""
+    rouge_scorer()  # its import is not this cell's time
     finished = finished or Finished()
     clock = time.perf_counter() - finished.seconds
     press = None

@@ -135,3 +135,40 @@ def test_an_unknown_task_names_near_ones(
     conf = LMEvalConf(tasks=["own_needels"], include_path=str(folder))
     with pytest.raises(EvaluationInputError, match=r"knows no own_needels but own_needles.*include_path=FOLDER"):
         run_lm_eval(recall_model, tokenizer, conf, evaluation, 0)
+
+
+@pytest.mark.parametrize(
+    ("code", "kind", "message"),
+    [
+        (
+            "import no_such_package",
+            EvaluationInputError,
+            r"not installed \(No module named 'no_such_package'\): pip .*ruler",
+        ),
+        ("raise ImportError('install x')", EvaluationInputError, r"\['broken'\] need a package .*install x.*longbench"),
+        ("raise PermissionError('gated')", ConnectionError, r"\['broken'\] need data .*PermissionError: gated"),
+        (
+            "raise RuntimeError('failed') from OSError('no route')",
+            ConnectionError,
+            r"RuntimeError: failed.* RULER's niah_single_1",
+        ),
+        ("raise ValueError('line 3 is empty')", ValueError, "^line 3 is empty$"),
+        ("raise ZeroDivisionError('a mistake')", ZeroDivisionError, "^a mistake$"),
+    ],
+    ids=lambda value: str(value)[:24],
+)
+def test_a_task_that_cannot_be_loaded(
+    code: str,
+    kind: type[Exception],
+    message: str,
+    folder: Path,
+    evaluation: EvaluationConf,
+    recall_model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    (folder / "broken.py").write_text(f"def rows(**_):\n    {code}\n")
+    (folder / "broken.yaml").write_text("task: broken\ncustom_dataset: !function broken.rows\ntest_split: test\n")
+    conf = LMEvalConf(tasks=["broken"], include_path=str(folder))
+    with pytest.raises(kind, match=message) as found:
+        run_lm_eval(recall_model, tokenizer, conf, evaluation, seed=0)
+    assert type(found.value) is kind
