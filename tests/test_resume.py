@@ -204,6 +204,13 @@ def test_killed_in_the_evaluation_after_training(tmp_path: Path, reader: Reader)
     assert again.attempt == 2 and again.training is not None and whole.training is not None
     assert again.training["loss_curve"] == whole.training["loss_curve"]
 
+    other = "evaluation.batch_size=3"
+    with pytest.raises(EvaluationInputError, match=r"batch_size was 2, is 3; .*resume=<run folder>/checkpoints/last"):
+        trained(tmp_path / "other", other, f"resume={tmp_path / 'cut'}")
+    reader.taken()
+    trained(tmp_path / "other", other, f"resume={tmp_path / 'cut' / 'checkpoints' / 'last.ckpt'}")
+    assert len(reader.taken()) == 15, "the checkpoint alone: trained on, evaluated anew"
+
 
 @pytest.fixture
 def stopped(tmp_path: Path, reader: Reader, monkeypatch: pytest.MonkeyPatch) -> Path:

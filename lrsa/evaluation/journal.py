@@ -22,7 +22,10 @@ from torch import nn
 from lrsa.evaluation.errors import EvaluationInputError
 
 JOURNAL_FILE = "journal.jsonl"
-_START_ANEW = "repeat that run's command with resume= alone added, or leave resume out to evaluate anew"
+_START_ANEW = (
+    "repeat that run's command with resume= alone added; or, to evaluate anew, leave resume out (lrsa-train: name the "
+    "trained checkpoint instead of the folder, resume=<run folder>/checkpoints/last.ckpt)"
+)
 
 Line = dict[str, Any]
 
