@@ -127,6 +127,7 @@ def test_the_offline_tasks_run(
     assert "nltk_data" not in "".join(capfd.readouterr())
 
 
+@pytest.mark.slow  # RULER's imports
 def test_what_cannot_be_downloaded_says_what_runs(
     ruler: EvaluationConf,
     recall_model: PreTrainedModel,
