@@ -12,7 +12,6 @@ from lrsa.attention import from_conf
 from lrsa.config import EvaluationConf, GenerateConf
 from lrsa.data import Sample, SampleSet, build_samples
 from lrsa.evaluation.cells import Cell, Column, generate_cell, score_cell
-from lrsa.evaluation.errors import EvaluationInputError
 from lrsa.evaluation.generate import Answer, stop_tokens
 from lrsa.evaluation.journal import Finished, Journal, weights_fingerprint
 from lrsa.evaluation.progress import CellProgress
@@ -65,24 +64,11 @@ def load_tasks(tokenizer: PreTrainedTokenizerBase, conf: EvaluationConf, length:
             prompts.check(len(prompts))
             floor = SampleSet(examples, tokenizer, None, context=False, loaded=prompts.loaded) if conf.floor else None
             gold = SampleSet(examples, tokenizer, None, gold_only=True, loaded=prompts.loaded) if conf.ceiling else None
-            if gold is not None:
-                _check_gold(gold)
         except (ValueError, OSError) as error:
             error.add_note(f"in evaluation.tasks.{name}")
             raise
         tasks.append(Task(name, prompts, floor, gold))
     return tasks
-
-
-def _check_gold(gold: SampleSet) -> None:
-    for index in range(1 if gold.synthetic else len(gold)):
-        for example in gold.examples_of(index):
-            if example.documents and not any(document.is_supporting for document in example.documents):
-                raise EvaluationInputError(
-                    f"evaluation.ceiling=true asks with the gold documents alone, but example {example.id} of "
-                    f"{gold.loaded.origin} has {len(example.documents)} documents and none with is_supporting=true: "
-                    "mark those that its answer needs, or set evaluation.ceiling=false"
-                )
 
 
 def identity(

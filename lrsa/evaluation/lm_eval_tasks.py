@@ -21,8 +21,10 @@ from omegaconf import OmegaConf
 
 from lrsa.config import ExamplesConf, config_dir
 from lrsa.data import SampleSet
+from lrsa.data.examples import target_text
 from lrsa.evaluation.answers import exact_match, f1, rouge_l
 from lrsa.evaluation.errors import EvaluationInputError
+from lrsa.evaluation.string_match import string_match
 from lrsa.models import load_tokenizer
 
 FOLDER = Path(__file__).parent / "tasks"
@@ -38,7 +40,8 @@ def documents(
     context: bool = True,
     **_: Any,
 ) -> dict[str, Any]:
-    """The documents of task `lrsa_task`: id, text (the prompt), answers, tokens (of prompt and first answer, as built).
+    """The documents of task `lrsa_task`: id, text (the prompt), answers, all_answers (one or all of them are asked),
+    target (the answer in the tokens), tokens (of prompt and target, as built).
 
     All but `lrsa_task` are lm-eval's metadata, with the model's arguments among them, of which others are left alone.
 
@@ -70,14 +73,24 @@ def documents(
 
 
 def scores(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
-    """Scores of the one answer in `results`, 0 to 1, the best over the document's references (`SCORES`)."""
-    return {name: float(score(results[0], doc["answers"])) for name, score in SCORES.items()}
+    """Scores of the one answer in `results`, 0 to 1: `SCORES`, the best over the document's references, and RULER's
+    string match. Where all references belong to the answer, `SCORES` compare with all of them, joined."""
+    said, answers = results[0], doc["answers"]
+    whole = [doc["target"]] if doc["all_answers"] else answers
+    found = {name: float(score(said, whole)) for name, score in SCORES.items()}
+    return found | {"string_match": string_match(said, answers, doc["all_answers"])}
+
+
+def task_names() -> list[str]:
+    """Of `conf/task`, but for those that only list others."""
+    files = (config_dir() / "task").glob("*.yaml")
+    return sorted(file.stem for file in files if "defaults" not in OmegaConf.load(file))
 
 
 def _task_conf(name: str, overrides: Mapping[str, Any]) -> ExamplesConf:
     folder = config_dir() / "task"
-    if not (folder / f"{name}.yaml").is_file():
-        known = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
+    if name not in task_names():
+        known = ", ".join(task_names())
         raise EvaluationInputError(f"lrsa_task={name!r} is unknown; valid: {known}")
     conf = OmegaConf.merge(OmegaConf.structured(ExamplesConf), OmegaConf.load(folder / f"{name}.yaml"), dict(overrides))
     made = OmegaConf.to_object(conf)
@@ -103,6 +116,8 @@ def _dataset(samples: SampleSet) -> Any:
                 "id": sample.id,
                 "text": tokenizer.decode(ids, clean_up_tokenization_spaces=False).strip(),
                 "answers": list(sample.answers[-1]),
+                "all_answers": sample.all_answers,
+                "target": target_text(sample.answers[-1], sample.all_answers),
                 "tokens": sample.length,
             }
         )

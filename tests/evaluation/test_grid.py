@@ -10,7 +10,6 @@ from lrsa.config import AttentionConf, EvaluationConf, ExamplesConf, GenerateCon
 from lrsa.data import ContextTooLongError
 from lrsa.evaluation import evaluate, load_tasks
 from lrsa.evaluation.cells import measure_cache
-from lrsa.evaluation.errors import EvaluationInputError
 from lrsa.models import get_attention, set_attention
 from lrsa.results.schema import CELL, OUTCOME, check
 
@@ -106,20 +105,6 @@ def test_the_gold_documents_alone_are_the_ceiling(
         assert len({cell["nll"] for cell in cells}) == 4, "each has a prompt of its own"
     names = [fact["name"] for fact in load_tasks(tokenizer, conf, None)[0].facts()]
     assert names == ["one", "one without context", "one with its gold documents alone"]
-
-
-def test_gold_documents_that_nobody_marked_are_asked_for(
-    conf: EvaluationConf, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
-) -> None:
-    row = {"id": "r", "question": "river?", "answer": "lake", "documents": [{"text": "stone", "is_supporting": False}]}
-    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
-    conf.tasks = {"own": ExamplesConf(source="jsonl", path=str(tmp_path / "rows.jsonl"))}
-    load_tasks(tokenizer, conf, None)
-    conf.ceiling = True
-    with pytest.raises(
-        EvaluationInputError, match=r"example r of .* 1 documents and none with is_supporting=true: mark"
-    ):
-        load_tasks(tokenizer, conf, None)
 
 
 def test_rows_without_documents_have_a_ceiling_too(

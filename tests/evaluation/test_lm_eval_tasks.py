@@ -15,16 +15,18 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import lrsa.evaluation.lm_eval_run
-from lrsa.config import AttentionConf, EvaluationConf, LMEvalConf, config_dir
+from lrsa.config import AttentionConf, EvaluationConf, LMEvalConf
 from lrsa.evaluation.errors import EvaluationInputError
 from lrsa.evaluation.lm_eval_model import LRSALM
 from lrsa.evaluation.lm_eval_run import run_lm_eval
-from lrsa.evaluation.lm_eval_tasks import FOLDER, SCORES, documents
+from lrsa.evaluation.lm_eval_tasks import FOLDER, SCORES, documents, task_names
 from lrsa.models import load_model
 from tests.data.conftest import byte_level, squad_rows, write_rows
 
 LENGTH = 1000  # tokens a prompt, of few bytes each
 LOCAL = {"limit": 4, "filler": None}
+
+METRICS = (*SCORES, "string_match")
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +51,7 @@ def manager(folder: Path, **overrides: Any) -> TaskManager:
 def evaluate(lm: LM, name: str, tasks: TaskManager, **options: Any) -> dict[str, float]:
     found = lm_eval.simple_evaluate(lm, tasks=[name], task_manager=tasks, bootstrap_iters=0, **options)
     assert found is not None
-    return {metric: found["results"][name][f"{metric},none"] for metric in SCORES}
+    return {metric: found["results"][name][f"{metric},none"] for metric in METRICS}
 
 
 @pytest.fixture(autouse=True)
@@ -90,7 +92,7 @@ class Scripted(LM):
 def test_what_answers_score(task: str, answer: Any, expected: float, folder: Path) -> None:
     tasks = manager(folder, **({"path": str(folder / "squad.jsonl")} if task == "xquad" else {}))
     lm = Scripted(answer)
-    assert evaluate(lm, f"lrsa_{task}", tasks) == dict.fromkeys(SCORES, expected)
+    assert evaluate(lm, f"lrsa_{task}", tasks) == dict.fromkeys(METRICS, expected)
     assert len(lm.prompts) == 4 and all(prompt.endswith("\nAnswer:") for prompt in lm.prompts)
 
 
@@ -151,7 +153,7 @@ def test_lrsa_eval_finds_them(
     conf = LMEvalConf(tasks=["lrsa_needles"], metadata=metadata, gen_kwargs={"max_gen_toks": 4})
     evaluation = EvaluationConf(attention=AttentionConf(lag_size=32), compressions=[1, 4], bootstrap=100)
     result = run_lm_eval(tiny, byte_tokenizer, conf, evaluation, seed=0, progress=False)
-    names = {f"lrsa_needles/{name},none/{column}" for name in SCORES for column in ("full", "4x")}
+    names = {f"lrsa_needles/{name},none/{column}" for name in METRICS for column in ("full", "4x")}
     assert names <= set(result.metrics)
     (fact,) = result.data
     assert fact["name"] == "lrsa_needles" and fact["n"] == 4
@@ -178,8 +180,8 @@ def test_what_cannot_work_is_refused(given: dict[str, Any], message: str, folder
 
 
 def test_every_task_of_conf_is_one_of_lm_eval() -> None:
-    names = {file.stem for file in (config_dir() / "task").glob("*.yaml")}
-    for name in sorted(names):
+    names = task_names()
+    for name in names:
         file = FOLDER / f"lrsa_{name}.yaml"
         wanted = f"include: _lrsa_yaml\ntask: lrsa_{name}\ndataset_kwargs: {{lrsa_task: {name}}}\n"
         assert file.is_file() and file.read_text() == wanted, f"{file} must hold:\n{wanted}"

@@ -1,6 +1,7 @@
 """Worked by hand from RULER's definition, and through generated answers."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -69,7 +70,10 @@ def test_answers_of_several_parts(says: str, string_match: float, f1: float, exa
             assert [*ids, tokenizer.eos_token_id] == sample.input_ids[start:stop], "the target is all of them"
         written[tuple(sample.input_ids[:start])] = [*ids, tokenizer.eos_token_id]
 
-    monkeypatch.setattr(generate, "_generate", lambda _, prompts, *rest: [written[tuple(ids)] for ids in prompts])
+    monkeypatch.setattr(generate, "_read", lambda _, prompts, *rest: SimpleNamespace(cache=None, prompts=prompts))
+    monkeypatch.setattr(generate, "count_cache", lambda cache, lengths: None)
+    monkeypatch.setattr(generate, "MeasuredCache", lambda: SimpleNamespace(add=lambda counts: None, facts=dict))
+    monkeypatch.setattr(generate, "_write", lambda _, prompt, *rest: [written[tuple(ids)] for ids in prompt.prompts])
     options = {"tokenizer": tokenizer, "stop_ids": [tokenizer.eos_token_id], "batch_size": 2}
     for answer in generate_answers(model, samples, None, **options).outcomes:
         assert (answer.string_match, answer.f1) == (string_match, pytest.approx(f1))

@@ -121,7 +121,7 @@ def test_bold_of_a_metric_where_less_is_better(make_run: MakeRun) -> None:
     table = build_table([better, Record.load(path)], metric="nll", **FAST)
     assert [[cell.best for cell in row.cells] for row in table.rows] == [[False, True, True], [False, False, False]]
     assert table.difference_title == "difference to better, nats"
-    with pytest.raises(ValueError, match=r"unknown metric 'bleu'; choose from exact, .*, f1, string_match"):
+    with pytest.raises(ValueError, match=r"unknown metric 'bleu'; choose from exact, .*, f1, rouge_l, string_match"):
         build_table([better], metric="bleu")
 
 
