@@ -258,6 +258,12 @@ class SparseAttentionConfig:
             raise ValueError(f"unknown sparse attention fields {unknown}: the valid ones are {', '.join(valid)}")
         return cls(**values)
 
+    @classmethod
+    @functools.lru_cache(maxsize=256)
+    def from_json(cls, text: str) -> SparseAttentionConfig:
+        """Inverse of `to_json`; the same object for the same text."""
+        return cls.from_dict(json.loads(text))
+
     def to_json(self) -> str:
         """`to_dict` as text, made once: every layer of every step asks."""
         return self._json

@@ -156,7 +156,7 @@ def check_architecture(model_config: Any) -> None:
 
 @functools.lru_cache(maxsize=64)
 def _parse(stored: str, depth: int) -> SparseAttentionConfig:
-    return SparseAttentionConfig.from_dict(json.loads(stored)).resolved(depth)
+    return SparseAttentionConfig.from_json(stored).resolved(depth)
 
 
 def _document_ids(

@@ -9,8 +9,6 @@ B batch, Hq query heads, H key/value heads, T tokens, D head dimension.
 
 from __future__ import annotations
 
-import functools
-import json
 from typing import NamedTuple
 
 import torch
@@ -22,7 +20,7 @@ from lrsa.attention.documents import Document, LastResult, find_documents
 from lrsa.attention.layout import PromptGeometry
 from lrsa.attention.prompts import HOW_TO_TELL, lengths_of_rows
 from lrsa.attention.scorers import Partitions
-from lrsa.attention.selection import best
+from lrsa.attention.selection import best, detached
 
 
 class Row(NamedTuple):
@@ -187,17 +185,14 @@ def held_positions(
     first, last = always[..., : prompt.sink], always[..., prompt.lag_start :]
     if prompt.kept == 0:
         return torch.cat([first, last], -1)
-    if config.build_scorer().reads_query and query is None:
-        raise ValueError(f"scorer {config.scorer!r} reads queries: pass query=[B, Hq, T, D]")
-    scale = key.shape[-1] ** -0.5 if scale is None else scale
-    lag_query = None if query is None else query[:, :, prompt.lag_start - prompt.length :].detach()
-    args = lag_query, config.to_json(), layer_idx, scale
-    chosen = torch.ops.lrsa.select_once(key.detach(), value.detach(), *args)
+    lag_query = None if query is None else query[:, :, prompt.lag_start - prompt.length :]
+    key, value, lag_query, scale = detached(key, value, lag_query, config, scale)
+    chosen = torch.ops.lrsa.select_once(key, value, lag_query, config.to_json(), layer_idx, scale)
     return torch.cat([first, chosen, last], -1)
 
 
 def _select(key: Tensor, value: Tensor, query: Tensor | None, config: str, layer_idx: int, scale: float) -> Tensor:
-    parsed = _parse(config)
+    parsed = SparseAttentionConfig.from_json(config)
     prompt, scorer = parsed.prompt(key.shape[2]), parsed.build_scorer()
     query = query if scorer.reads_query else None
     with torch.autocast(key.device.type, enabled=False):  # scores are float32 whatever the model computes in
@@ -208,7 +203,8 @@ def _select(key: Tensor, value: Tensor, query: Tensor | None, config: str, layer
 def _select_shape(
     key: Tensor, value: Tensor, query: Tensor | None, config: str, layer_idx: int, scale: float
 ) -> Tensor:
-    return key.new_empty((*key.shape[:2], _parse(config).prompt(key.shape[2]).kept), dtype=torch.int64)
+    kept = SparseAttentionConfig.from_json(config).prompt(key.shape[2]).kept
+    return key.new_empty((*key.shape[:2], kept), dtype=torch.int64)
 
 
 def _partition(
@@ -227,11 +223,6 @@ def _partition(
         scale=scale,
         kept=prompt.kept,
     )
-
-
-@functools.lru_cache(maxsize=256)
-def _parse(config: str) -> SparseAttentionConfig:
-    return SparseAttentionConfig.from_dict(json.loads(config))
 
 
 # One operator, for the reasons that `selection` gives.

@@ -7,7 +7,6 @@ Rows here hold one document each, from its first token; `documents` brings padde
 from __future__ import annotations
 
 import functools
-import json
 from dataclasses import replace
 
 import torch
@@ -42,7 +41,7 @@ def select(
     geometry = config.geometry
     if partitions == 0 or geometry.kept == 0:
         return torch.empty((*key.shape[:2], 0), dtype=torch.int64, device=key.device)
-    key, value, query, scale = _inputs(key, value, query, config, scale)
+    key, value, query, scale = detached(key, value, query, config, scale)
     return torch.ops.lrsa.select(key, value, query, config.to_json(), partitions, first, origin, layer_idx, scale)
 
 
@@ -70,15 +69,20 @@ def select_freely(
             f"scorer {config.scorer!r} ranks by the prompt's later queries and must know where the prompt ends: "
             f"{HOW_TO_TELL}"
         )
-    key, value, query, scale = _inputs(key, value, query, config, scale)
+    key, value, query, scale = detached(key, value, query, config, scale)
     return torch.ops.lrsa.select_freely(
         key, value, query, prompt_lengths, config.to_json(), partitions, layer_idx, scale
     )
 
 
-def _inputs(
+def detached(
     key: Tensor, value: Tensor, query: Tensor | None, config: SparseAttentionConfig, scale: float | None
 ) -> tuple[Tensor, Tensor, Tensor | None, float]:
+    """What a selection reads, without gradients, and the scale of the logits, 1/sqrt(D) by default.
+
+    Raises:
+        ValueError: the scorer reads queries, and there are none.
+    """
     if config.build_scorer().reads_query and query is None:
         raise ValueError(f"scorer {config.scorer!r} reads queries: pass query=[B, Hq, T, D]")
     scale = key.shape[-1] ** -0.5 if scale is None else scale
@@ -96,7 +100,7 @@ def _select(
     layer_idx: int,
     scale: float,
 ) -> Tensor:
-    parsed = _parse(config)
+    parsed = SparseAttentionConfig.from_json(config)
     geometry, scorer = parsed.geometry, parsed.build_scorer()
     query = query if scorer.reads_query else None
     # Only to train, whose steps are all alike. Without gradients the same function ranks a prompt whole, in blocks
@@ -125,7 +129,7 @@ def _select_shape(
     layer_idx: int,
     scale: float,
 ) -> Tensor:
-    kept = _parse(config).geometry.kept
+    kept = SparseAttentionConfig.from_json(config).geometry.kept
     return key.new_empty((*key.shape[:2], partitions * kept), dtype=torch.int64)
 
 
@@ -139,7 +143,7 @@ def _select_freely(
     layer_idx: int,
     scale: float,
 ) -> Tensor:
-    parsed = _parse(config)
+    parsed = SparseAttentionConfig.from_json(config)
     scorer = parsed.build_scorer()
     parts = partition(key, value, query if scorer.reads_query else None, parsed.geometry, partitions, layer_idx, scale)
     if scorer.reads_future:
@@ -160,7 +164,8 @@ def _select_freely_shape(
     layer_idx: int,
     scale: float,
 ) -> Tensor:
-    return key.new_empty((*key.shape[:2], partitions, _parse(config).geometry.lag), dtype=torch.bool)
+    lag = SparseAttentionConfig.from_json(config).geometry.lag
+    return key.new_empty((*key.shape[:2], partitions, lag), dtype=torch.bool)
 
 
 def share_over_heads(scores: Tensor, kept: int) -> Tensor:
@@ -225,11 +230,6 @@ def _compiled():
     """On a GPU a dozen small operators cost more to launch than to run. The sort stays out: compiling one takes longer
     than a short training."""
     return torch.compile(_score)
-
-
-@functools.lru_cache(maxsize=256)
-def _parse(config: str) -> SparseAttentionConfig:
-    return SparseAttentionConfig.from_dict(json.loads(config))
 
 
 def partition(
