@@ -40,6 +40,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, index: Tensor, geometry: G
     # Padded outside of what is compiled, so that lengths of one number of blocks share a kernel.
     query, key, value = (torch.nn.functional.pad(x, (0, 0, 0, padded - tokens)) for x in (query, key, value))
     length = layout.raw_offset + padded
+    if not torch.is_grad_enabled() and query.shape[0] > 1:  # prompts come in groups of any size, training in batches
+        for x in (query, key, value, index):
+            torch._dynamo.maybe_mark_dynamic(x, 0)
     out = _compiled()(query, key, value, index, layout.mask, geometry.sink, layout.raw_offset, length, scale)
     return out[:, :, :tokens]
 

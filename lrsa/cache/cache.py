@@ -256,18 +256,22 @@ class SparseKVCache(Cache):
         Raises:
             ValueError: nothing was fed yet, or ``max_tokens`` is not known, without which storage would move.
         """
+        self._refuse_if_interrupted(-1)
+        if obstacle := self.static_obstacle():
+            raise ValueError(obstacle)
+        self._static = StaticRows([x for x in self._sparse if isinstance(x, SparseLayer)], self.lengths)
+
+    def static_obstacle(self) -> str | None:
+        """Why `begin_static` would refuse, or None."""
         if self.config.schedule == ONCE:
-            raise ValueError(
-                f"static decoding is not there for schedule={ONCE!r}, whose storage grows with each token: decode with "
-                "generate or forward passes, or take schedule='chunked'"
-            )
+            why = f"static decoding is not there for schedule={ONCE!r}, whose storage grows with each token"
+            return f"{why}: decode with generate or forward passes, or take schedule='chunked'"
         if not self.lengths or self.max_tokens is None:
             what = "feed the prompt first" if not self.lengths else "make the cache with max_tokens="
-            raise ValueError(f"static decoding needs a cache whose storage is settled: {what}")
-        self._refuse_if_interrupted(-1)
+            return f"static decoding needs a cache whose storage is settled: {what}"
         if len(self._sparse) != len(self.layers):
-            raise ValueError("static decoding needs full-attention layers alone: this model has sliding-window ones")
-        self._static = StaticRows([x for x in self._sparse if isinstance(x, SparseLayer)], self.lengths)
+            return "static decoding needs full-attention layers alone: this model has sliding-window ones"
+        return None
 
     def end_static(self) -> None:
         """Back to ordinary use."""

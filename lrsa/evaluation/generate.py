@@ -6,6 +6,7 @@ here rather than left to `model.generate`, whose defaults come from the checkpoi
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,7 +16,8 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from lrsa.attention import SparseAttentionConfig
-from lrsa.cache import prefill
+from lrsa.cache import SparseKVCache, prefill
+from lrsa.cache.graphed import GraphedStep
 from lrsa.data import Sample
 from lrsa.data.datamodule import pad_id_of
 from lrsa.data.examples import target_text
@@ -30,6 +32,8 @@ from lrsa.evaluation.string_match import string_match
 from lrsa.models import make_cache
 
 MARGIN = 16  # tokens beyond the longest reference, for answers that take another wording
+UNCAPTURED = 8  # tokens before the step is captured in a CUDA graph, which costs as many steps: most answers are short
+CAPTURES_ON = ("cuda",)
 LISTED = 4  # more for each of several references that are all asked for: a number and a line of its own
 
 
@@ -303,21 +307,33 @@ def _write(model: PreTrainedModel, prompt: _Prompt, stop_ids: Collection[int], l
     done = torch.zeros(len(prompt.lengths), dtype=torch.bool, device=model.device)
     written: list[Tensor] = []
     logits = prompt.logits
-    while True:
-        # What a finished row goes on with is cut off below.
-        written.append(logits.argmax(-1))
-        done |= torch.isin(written[-1], stop)
-        if len(written) == limit or bool(done.all()):
-            break
-        outputs = model(
-            input_ids=written[-1][:, None],
-            attention_mask=None if prompt.mask is None else prompt.mask[:, : prompt.width + len(written)],
-            position_ids=(prompt.lengths + len(written) - 1)[:, None],
-            past_key_values=prompt.cache,
-            use_cache=True,
-        )
-        logits = outputs.logits[:, -1]
+    with contextlib.ExitStack() as stack:
+        captured: GraphedStep | None = None
+        while True:
+            # What a finished row goes on with is cut off below.
+            written.append(logits.argmax(-1))
+            done |= torch.isin(written[-1], stop)
+            if len(written) == limit or bool(done.all()):
+                break
+            if len(written) == UNCAPTURED and _can_capture(prompt.cache, model.device):
+                captured = stack.enter_context(GraphedStep(model, prompt.cache))
+            logits = captured(written[-1]) if captured else _step(model, prompt, written[-1], len(written) - 1)
     return [_until(row, stop_ids) for row in torch.stack(written, 1).tolist()]
+
+
+def _step(model: PreTrainedModel, prompt: _Prompt, tokens: Tensor, fed: int) -> Tensor:
+    """Logits ``[B, V]`` after ``tokens [B]``, to which the prompt and ``fed`` tokens came before."""
+    return model(
+        input_ids=tokens[:, None],
+        attention_mask=None if prompt.mask is None else prompt.mask[:, : prompt.width + fed + 1],
+        position_ids=(prompt.lengths + fed)[:, None],
+        past_key_values=prompt.cache,
+        use_cache=True,
+    ).logits[:, -1]
+
+
+def _can_capture(cache: Cache, device: torch.device) -> bool:
+    return device.type in CAPTURES_ON and isinstance(cache, SparseKVCache) and cache.static_obstacle() is None
 
 
 def _until(ids: list[int], stop_ids: Collection[int]) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from lrsa.attention import SparseAttentionConfig
 from lrsa.cache.graphed import GraphedStep
@@ -63,3 +64,18 @@ def test_a_captured_step_is_an_ordinary_one(models, scorer):
         found = torch.stack([step(ids[:, i]).clone() for i in range(2200, TOKENS)], 1)
     assert error(found, expected) <= dense_error
     assert [k.tolist() for k in cache.kept(0)] == [k.tolist() for k in plain.kept(0)]
+
+
+def test_prompts_in_batches_of_any_size_share_their_kernels(models):
+    """A kernel takes ten seconds to compile, and rows of one length come in groups of any size."""
+    _, model, ids, dense_error = models
+    config = SparseAttentionConfig(sink_size=16, lag_size=LAG, top_k=16)
+    rows = ids.repeat(4, 1)
+    set_attention(model, config, backend="auto")
+    alone = feed(model, make_cache(model), rows[:1], TOKENS)
+    compiled = []
+    for size in (2, 3, 7, 8):
+        found = feed(model, make_cache(model), rows[:size], TOKENS)
+        assert error(found[:1], alone) <= dense_error, size
+        compiled.append(counters["stats"]["unique_graphs"])
+    assert len(set(compiled)) == 1, compiled

@@ -3,12 +3,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lrsa.attention import SparseAttentionConfig
 from lrsa.config import ExamplesConf
 from lrsa.data import Sample, SampleSet
-from lrsa.evaluation import Answer, generate_answers, score
+from lrsa.evaluation import Answer, generate, generate_answers, score
 from lrsa.evaluation.errors import EvaluationInputError
 from lrsa.evaluation.generate import MARGIN, stop_tokens, token_limit
 from lrsa.models import get_attention, make_cache, set_attention
@@ -51,6 +52,31 @@ def test_token_exact_match_is_that_of_parallel_scoring(
     assert found == ({True} if attention is None else {True, False}), "both are met, or the test shows nothing"
     alone = generate_answers(recall_model, recall_samples, attention, **options | {"batch_size": 1})
     assert [a.text for a in alone.outcomes] == [a.text for a in answers.outcomes]
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_a_captured_step_writes_the_same(
+    name: str,
+    recall_model: PreTrainedModel,
+    recall_samples: list[Sample],
+    options: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Caches that a graph takes go on in one, whose loop runs uncaptured on a CPU (on a GPU: `test_smollm2.py`)."""
+    expected = generate_answers(recall_model, recall_samples, ATTENTIONS[name], **options)
+    used = []
+
+    class Step(generate.GraphedStep):
+        def __call__(self, tokens: Tensor) -> Tensor:
+            used.append(len(tokens))
+            return super().__call__(tokens)
+
+    monkeypatch.setattr(generate, "GraphedStep", Step)
+    monkeypatch.setattr(generate, "UNCAPTURED", 2)
+    monkeypatch.setattr(generate, "CAPTURES_ON", ("cpu",))
+    found = generate_answers(recall_model, recall_samples, ATTENTIONS[name], **options)
+    assert found.outcomes == expected.outcomes
+    assert bool(used) == (name not in ("dense", "once"))
 
 
 @pytest.mark.parametrize("attention", [None, LAG], ids=["dense", "lag"])
