@@ -107,7 +107,7 @@ def generation_protocol(conf: EvalConf, tokenizer: PreTrainedTokenizerBase, task
         "padding": "left",
         "chat_template": {"sha256": hashlib.sha256(template.encode()).hexdigest() if template else None},
         "cache": {
-            "full": "DynamicCache",
+            "full": "DynamicCache" if conf.generate.peer else "SparseKVCache, every layer dense",
             "compressed": conf.generate.peer or "SparseKVCache",
             "peer_args": dict(conf.generate.peer_args or {}),
             "block_size": conf.generate.block_size,

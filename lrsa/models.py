@@ -178,6 +178,18 @@ def set_attention(model: nn.Module, attention: SparseAttentionConfig | None, *, 
                 module.lrsa_backend = backend
 
 
+def full_attention(model: nn.Module) -> SparseAttentionConfig | None:
+    """Dense attention as a config, every layer dense: its full cache then has the storage and the kernels of compressed
+    ones. None for a model that takes no other attention than its own.
+    """
+    base = _base(model)
+    try:
+        _check_architecture(base)
+    except ValueError:
+        return None
+    return SparseAttentionConfig(dense_layers=tuple(range(base.config.num_hidden_layers)))
+
+
 def _check_architecture(model: Any) -> None:
     """Raise ValueError where sparse attention would compute something else than the model's own."""
     config, name = model.config, type(model).__name__

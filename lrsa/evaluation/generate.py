@@ -29,10 +29,10 @@ from lrsa.evaluation.peers import prefill_under
 from lrsa.evaluation.prefixes import ReadContexts, can_share, left_pad, plan
 from lrsa.evaluation.scoring import answer_ids, autocast, evaluating
 from lrsa.evaluation.string_match import string_match
-from lrsa.models import make_cache
+from lrsa.models import full_attention, make_cache
 
 MARGIN = 16  # tokens beyond the longest reference, for answers that take another wording
-UNCAPTURED = 8  # tokens before the step is captured in a CUDA graph, which costs as many steps: most answers are short
+UNCAPTURED = 2  # tokens before the step is captured in a CUDA graph, which costs as much as four more
 CAPTURES_ON = ("cuda",)
 LISTED = 4  # more for each of several references that are all asked for: a number and a line of its own
 
@@ -118,7 +118,7 @@ def generate_answers(
     restored afterwards.
 
     Args:
-        attention: of prompt and answer; None is the full cache, an ordinary `DynamicCache`.
+        attention: of prompt and answer; None is the full cache, in a `SparseKVCache` whose layers are all dense.
         stop_ids: a row ends with the first of these (`stop_tokens`).
         max_new_tokens: an answer is cut there; None: `token_limit`.
         precision: 32-true, or bf16-mixed for bfloat16 autocast.
@@ -152,7 +152,8 @@ def generate_answers(
     measured, prefilled, pad_id = MeasuredCache(), 0, pad_id_of(tokenizer)
     prompts, contexts = [question.prompt for question in questions], [question.context for question in questions]
     share = share_context and press is None and can_share(model, attention)
-    with evaluating(model, attention), torch.no_grad(), autocast(model.device, precision):
+    used = full_attention(model) if attention is None and press is None else attention
+    with evaluating(model, used), torch.no_grad(), autocast(model.device, precision):
         for job in plan(prompts, contexts, batch_size, share):
             room = max(len(prompts[index]) for indices in job.rounds for index in indices) + limit
             read = ReadContexts(model, job.contexts, pad_id, room, block_size)
