@@ -25,8 +25,8 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from lrsa.config import ExamplesConf
-from lrsa.data.examples import Document, Example, stream_rng, target_text
-from lrsa.data.filler import NEW_PARAGRAPH, SAME_PARAGRAPH, Filler
+from lrsa.data.examples import NEW_PARAGRAPH, Document, Example, Whitespace, stream_rng, target_text
+from lrsa.data.filler import Filler
 from lrsa.data.placement import Joiner, largest_size, place, shuffled
 from lrsa.data.prompts import conversation_pieces, make_prompt
 from lrsa.data.sample import ContextTooLongError, Sample
@@ -91,7 +91,10 @@ class SampleSet(Dataset[Sample]):
         self.pool = list({d.text: d for e in self.examples for d in e.documents}.values()) if context else []
         self.store.preload(self._passage(d) for e in self.examples for d in e.documents if context)
         with_filler = self.length is not None and not self.bare
-        self.filler = Filler(conf.filler, self.store) if with_filler else None
+        self.space = self.task.space if self.task else Whitespace()
+        self.filler = Filler(conf.filler, self.store, self.space.noise) if with_filler else None
+        self.in_noise = self.filler is not None and self.filler.repeats
+        self.before_question = self.space.after_noise if self.in_noise else self.space.question
         self._order: tuple[int, list[int]] = (-1, [])
         self.template = self._template()
         self.fingerprint = self._fingerprint()
@@ -144,7 +147,8 @@ class SampleSet(Dataset[Sample]):
     def _template(self) -> str:
         if self.bare and self.examples[0].messages:
             return "messages, through the tokenizer's chat template"
-        gap = f"{self.args['instruction']}{{documents}}{NEW_PARAGRAPH}" if self.context and not self.bare else ""
+        with_context = self.context and not self.bare
+        gap = f"{self.args['instruction']}{{documents}}{self.before_question}" if with_context else ""
         return self.prompt.template(gap, self.conf.questions > 1 and not self.conf.apart)
 
     def _fingerprint(self) -> str:
@@ -158,6 +162,7 @@ class SampleSet(Dataset[Sample]):
         }
         said |= {"length": self.length, "context": self.context, "stream": self.stream}
         said |= {"gold_only": True} if self.gold_only else {}
+        said |= {"space": asdict(self.space)} if self.space != Whitespace() else {}
         filler = self.filler.fingerprint if self.filler else ""
         parts = [RULE, json.dumps(said, sort_keys=True, default=str), self.store.fingerprint, self.template, filler]
         hashed = self.task is not None and self.task.hash_draws
@@ -189,6 +194,7 @@ class SampleSet(Dataset[Sample]):
             length=joiner.size,
             context_length=joiner.context,
             all_answers=examples[0].all_answers,
+            joined_by=examples[0].joined_by,
         )
 
     def asked(self, index: int) -> list[Sample]:
@@ -209,7 +215,8 @@ class SampleSet(Dataset[Sample]):
             joiner.add(question)
             joiner.add(*answer, target=True)
             found.append(
-                Sample(
+                replace(
+                    sample,
                     id=example.id,
                     input_ids=joiner.ids(),
                     answer_spans=joiner.spans,
@@ -217,8 +224,6 @@ class SampleSet(Dataset[Sample]):
                     answers=(example.answers,),
                     gold_depth=tuple(depths[d.text] for d in example.documents if d.is_supporting and size),
                     length=joiner.size,
-                    context_length=size,
-                    all_answers=example.all_answers,
                 )
             )
         return found
@@ -254,16 +259,13 @@ class SampleSet(Dataset[Sample]):
         """What goes around the context: the opening (with a context), then three pieces a question."""
         prompt, with_context = self.prompt, self.context and not self.bare
         opening = examples[0].opening or str(self.args["instruction"])
-        texts = [prompt.head + opening] if with_context else []
+        before_noise = self.space.before_noise if self.in_noise else ""
+        texts = [prompt.head + opening + before_noise] if with_context else []
         for number, example in enumerate(examples):
-            asked = prompt.question.replace("{question}", example.question) + prompt.tail
-            before = prompt.turn if number else NEW_PARAGRAPH if with_context else prompt.head
-            answer = target_text(example.answers, example.all_answers)
-            if example.answer_prefix:
-                asked, answer = asked + prompt.lead + example.answer_prefix, " " + answer
-            else:
-                answer = prompt.lead + answer
-            texts += [before + asked, answer, prompt.end]
+            asked = prompt.ask(example.question, example.answer_prefix)
+            before = prompt.turn if number else self.before_question if with_context else prompt.head
+            answer = target_text(example.answers, example.all_answers, example.joined_by)
+            texts += [before + asked, (" " if example.answer_prefix else prompt.lead) + answer, prompt.end]
         return texts
 
     def _size(self, index: int) -> int | None:
@@ -318,7 +320,7 @@ class SampleSet(Dataset[Sample]):
         wanted = [float(grid[(index + k) % len(grid)]) if grid else rng.random() for k in range(len(gold))]
         if self.task is not None and self.task.ordered:
             wanted.sort()
-        blocks, fell = place(background, gold, wanted)
+        blocks, fell = place(background, gold, wanted, apart=self.in_noise)
         return blocks, [fell[k] for k in self._asked(examples)]
 
     def _whole(
@@ -335,9 +337,10 @@ class SampleSet(Dataset[Sample]):
         """Ids of what must be in the context (gold; all needles), and of the examples' own other passages."""
         if self.synthetic:
             held = {d.text for e in examples for d in e.documents if d.is_supporting or not self.gold_only}
-            texts = [SAME_PARAGRAPH + d.text for d in examples[0].documents if d.text in held]
+            form = self.space.in_noise if self.in_noise else self.space.statement
+            texts = [form.format(d.text) for d in examples[0].documents if d.text in held]
             if self.task is not None and self.task.least is not None:  # a context of its own
-                texts[0] = NEW_PARAGRAPH + texts[0].removeprefix(SAME_PARAGRAPH)
+                texts[0] = self.space.whole + texts[0].lstrip()
             return self.store.encode(texts), []
         supporting = dict.fromkeys(d.text for e in examples for d in e.documents if d.is_supporting)
         unique = {d.text: d for e in examples for d in e.documents}

@@ -6,6 +6,9 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+NEW_PARAGRAPH, SAME_PARAGRAPH = "\n\n", " "
+JOINED_BY = ", "  # answers that are all asked for
+
 
 class DataRowError(ValueError):
     """A malformed row of a data file; the message names file, line and column."""
@@ -32,7 +35,7 @@ class Document:
 @dataclass(frozen=True)
 class Example:
     """One question. `answers[0]` is the training target, the others further references; with `all_answers` every one
-    of them belongs to the answer, and the target is all of them (`target_text`).
+    of them belongs to the answer, and the target is all of them, `joined_by` (`target_text`).
 
     `opening` replaces the source's instruction, `answer_prefix` is put in the model's mouth: prompt, not target.
     `group` is the article (distractors come from other groups). `messages` holds a whole conversation as
@@ -49,11 +52,30 @@ class Example:
     all_answers: bool = field(default=False, repr=False)
     opening: str = field(default="", repr=False)
     answer_prefix: str = field(default="", repr=False)
+    joined_by: str = field(default=JOINED_BY, repr=False)
 
 
-def target_text(answers: Sequence[str], all_answers: bool) -> str:
+@dataclass(frozen=True)
+class Whitespace:
+    """What a source's wording has between the pieces of a prompt. `{}` stands for the text of a piece.
+
+    statement: of a document, among prose; in_noise: among lines of repeated noise, of which `noise` is one.
+    question: before the question; after_noise: where the context ends with such a line; before_noise: where it begins.
+    whole: before a context that is drawn whole.
+    """
+
+    whole: str = NEW_PARAGRAPH
+    statement: str = SAME_PARAGRAPH + "{}"
+    in_noise: str = SAME_PARAGRAPH + "{}"
+    noise: str = "{}\n"
+    question: str = NEW_PARAGRAPH
+    before_noise: str = "\n"
+    after_noise: str = NEW_PARAGRAPH
+
+
+def target_text(answers: Sequence[str], all_answers: bool, joined_by: str = JOINED_BY) -> str:
     """The canonical answer: the first reference, or where all are asked for, all in order, `a, b, c`."""
-    return ", ".join(answers) if all_answers else answers[0]
+    return joined_by.join(answers) if all_answers else answers[0]
 
 
 def stream_rng(*key: object) -> random.Random:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lrsa.data.examples import NEW_PARAGRAPH, SAME_PARAGRAPH
 from lrsa.data.rows import hub_rows, stand_in
 from lrsa.data.tokens import Ids, TokenStore, digest
 from lrsa.data.wordlists import HAYSTACK, REPEATED_NOISE
@@ -26,7 +27,6 @@ _SENTENCE_END = re.compile(
     r"(?:(?<=[.!?])|(?<=[.!?][”’\"')]))(?<!\bMr\.)(?<!\bMrs\.)(?<!\bDr\.)(?<!\bSt\.)\s+(?=[“‘\"'(A-Z])"
 )
 _PARAGRAPH = 6  # sentences of a built-in paragraph
-NEW_PARAGRAPH, SAME_PARAGRAPH = "\n\n", " "
 REPEAT = "repeat"  # name of the filler of repeated noise
 
 
@@ -79,17 +79,16 @@ def _read_paragraphs(name: str, _stand_ins: str | None) -> tuple[tuple[tuple[str
 
 
 class Filler:
-    """Blocks of filler tokens, tokenised once."""
+    """Blocks of filler tokens, tokenised once. `noise`: how a line of repeated noise is written (`Whitespace`)."""
 
-    def __init__(self, name: str | None, store: TokenStore) -> None:
-        self.store = store
+    def __init__(self, name: str | None, store: TokenStore, noise: str = "{}\n") -> None:
+        self.store, self.repeats = store, name == REPEAT
         self.paragraphs: tuple[tuple[str, ...], ...] = ()
         self.origin = "built-in sentences"
-        self.between = NEW_PARAGRAPH
-        if name == REPEAT:
-            self.paragraphs, self.origin, self.between = ((REPEATED_NOISE,),), "repeated noise", "\n"
-            texts = repr((REPEAT, self.paragraphs))
-            store.preload(self._marked(self.paragraphs[0]))
+        if self.repeats:
+            self.line, self.origin = noise.format(REPEATED_NOISE), "repeated noise"
+            texts = repr((REPEAT, self.line))
+            store.preload([self.line])
         elif name is None:
             texts = repr(HAYSTACK)
             store.preload([mark + text for text in HAYSTACK for mark in (NEW_PARAGRAPH, SAME_PARAGRAPH)])
@@ -100,7 +99,7 @@ class Filler:
         self.fingerprint = digest([texts])
 
     def _marked(self, paragraph: tuple[str, ...]) -> list[str]:
-        return [(SAME_PARAGRAPH if index else self.between) + text for index, text in enumerate(paragraph)]
+        return [(SAME_PARAGRAPH if index else NEW_PARAGRAPH) + text for index, text in enumerate(paragraph)]
 
     def prose(self) -> Ids:
         """All paragraphs in the order of the text, joined."""
@@ -116,7 +115,13 @@ class Filler:
             yield [self.store.get(piece) for piece in self._marked(paragraph)]
 
     def blocks(self, rng: random.Random, size: int, by_sentence: bool) -> list[Ids]:
-        """Sentences, or whole paragraphs, of exactly `size` tokens together; the last block is trimmed to the token."""
+        """Sentences, or whole paragraphs, of exactly `size` tokens together; the last block is trimmed to the token, of
+        repeated noise the first one, whose end is kept.
+        """
+        if self.repeats:
+            line = self.store.get(self.line)
+            lines, rest = divmod(size, max(len(line), 1))
+            return [line[-rest:]] * bool(rest) + [line] * lines
         found: list[Ids] = []
         missing, stream, idle = size, self._stream(rng), 0
         while missing > 0:

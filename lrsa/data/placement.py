@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 import numpy as np
 
@@ -68,14 +69,19 @@ def largest_size(tokens: Callable[[int], int], least: int, room: int) -> int:
     return low
 
 
-def place(background: list[Ids], gold: list[Ids], depths: list[float]) -> tuple[list[Ids], list[float]]:
-    """Put each gold block into the gap of `background` nearest to its depth, 0 (start) to 1 (end).
+def place(
+    background: list[Ids], gold: list[Ids], depths: list[float], apart: bool = False
+) -> tuple[list[Ids], list[float]]:
+    """Put each gold block into the gap of `background` nearest to its depth, 0 (start) to 1 (end); `apart`: into one of
+    its own, with a block after it, where there are enough.
 
     Returns all blocks in order, and where each gold block starts as a fraction of all tokens, in the order of `gold`.
     """
     edges = np.cumsum([0, *(len(block) for block in background)], dtype=np.int64)
     total = int(edges[-1]) + sum(len(block) for block in gold)
     gaps = [int(np.abs(edges - depth * edges[-1]).argmin()) for depth in depths]
+    if apart and len(gold) <= len(background):
+        _spread(gaps, depths, len(background))
     blocks: list[Ids] = []
     fell = [0.0] * len(gold)
     before = position = 0
@@ -85,3 +91,13 @@ def place(background: list[Ids], gold: list[Ids], depths: list[float]) -> tuple[
         fell[which] = (int(edges[position]) + before) / max(total, 1)
         before += len(gold[which])
     return blocks + background[position:], fell
+
+
+def _spread(gaps: list[int], depths: list[float], stop: int) -> None:
+    """Different gaps below `stop`, in the same order and as near as that leaves them."""
+    order = sorted(range(len(gaps)), key=lambda k: (gaps[k], depths[k], k))
+    for before, which in pairwise(order):
+        gaps[which] = max(gaps[which], gaps[before] + 1)
+    for which in reversed(order):
+        gaps[which] = min(gaps[which], stop - 1)
+        stop = gaps[which]

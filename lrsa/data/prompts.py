@@ -30,6 +30,12 @@ class Prompt:
     question: str = "{question}"  # how a question is written
     prefix: str = ""  # how an answer is begun for the model; of the record's template, examples have their own
 
+    def ask(self, question: str, answer_prefix: str) -> str:
+        """From the question to where the model goes on. Labels that a source's own wording brings are said once."""
+        begun = self.lead + answer_prefix if answer_prefix else ""
+        text = self.question.replace("{question}", question) + self.tail + begun
+        return text.replace("Question: Question:", "Question:", 1).replace("Answer: Answer:", "Answer:", 1)
+
     def template(self, context: str, turns: bool) -> str:
         """One string for the record, with named gaps; `turns`: a second question follows."""
         begun = f"{self.prefix} " if self.prefix else ""

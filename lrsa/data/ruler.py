@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from uuid import UUID
 
-from lrsa.data.examples import Document, Example
+from lrsa.data.examples import Document, Example, Whitespace
 from lrsa.data.wordlists import ADJECTIVES, NOUNS, REPEATED_NOISE
 
 NIAH_ARGS: dict[str, Any] = {
@@ -58,7 +58,14 @@ FWE_ARGS: dict[str, Any] = {
     "frequently appeared words in the above coded text?",
     "answer_prefix": "Answer: According to the coded text above, the three most frequently appeared words are:",
 }
-_SHOT_NOISE, _SHOT_LETTERS = 5, 3  # of variable tracking's worked example
+_SHOT_NOISE, _SHOT_LETTERS = 10, 3  # of variable tracking's worked example
+
+# RULER's lines to the blank: a weak model's score moves by ten points with them (experiments/ruler_agreement).
+NIAH_SPACE = Whitespace(in_noise="{}\n", noise="{}\n", question="\n", after_noise="")
+HAYSTACK_SPACE = Whitespace(whole="\n", statement="{}\n", in_noise="{}\n", question="", after_noise="")
+VT_SPACE = Whitespace(noise=" {}\n", before_noise="\n\n", after_noise="\n")
+CWE_SPACE = Whitespace(whole="\n", question="\n", after_noise="\n")
+FWE_SPACE = Whitespace(whole=" ", question="\n", after_noise="\n")
 
 
 def one_question(questions: int, source: str) -> None:
@@ -191,19 +198,19 @@ def _assignments(rng: random.Random, chains: int, hops: int, letters: int) -> tu
 
 def _statements(names: list[str], value: str) -> list[str]:
     pairs = zip(names[1:], names, strict=False)
-    return [f"VAR {names[0]} = {value}", *(f"VAR {name} = VAR {before}" for name, before in pairs)]
+    return [f"VAR {names[0]} = {value}", *(f"VAR {name} = VAR {before} " for name, before in pairs)]  # blank: sic
 
 
 def _vt_shot(args: dict[str, Any], rng: random.Random) -> str:
     """One chain between a few lines of noise, worked out."""
     (names,), (value,) = _assignments(rng, 1, args["hops"], _SHOT_LETTERS)
-    lines = [REPEATED_NOISE] * _SHOT_NOISE
-    places = sorted(rng.randrange(_SHOT_NOISE + 1) for _ in names)
+    lines = [f"{REPEATED_NOISE}\n"] * max(_SHOT_NOISE, len(names))
+    places = sorted(rng.sample(range(len(lines)), len(names)))
     for place, statement in reversed(list(zip(places, _statements(names, value), strict=True))):
         lines.insert(place, statement)
     question = args["question"].format(value=value)
     said = args["answer_prefix"].format(count=len(names), value=value)
-    return f"{args['instruction']}\n\n{chr(10).join(lines)}\n{question} {said} {', '.join(names)}\n\n"
+    return f"{args['instruction']}\n\n{' '.join(lines)}\n{question} {said}  {' '.join(names)}\n\n\n\n"
 
 
 def draw_vt(args: dict[str, Any], questions: int, rng: random.Random, prefix: str) -> list[Example]:
@@ -228,6 +235,7 @@ def draw_vt(args: dict[str, Any], questions: int, rng: random.Random, prefix: st
             all_answers=True,
             opening=shot + args["instruction"],
             answer_prefix=args["answer_prefix"].format(count=len(names[0]), value=values[0]),
+            joined_by=" ",
         )
     ]
 

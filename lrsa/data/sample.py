@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lrsa.data.examples import JOINED_BY
+
 
 class ContextTooLongError(ValueError):
     """What a sample must hold takes more than T tokens; the message says by how many."""
@@ -29,3 +31,4 @@ class Sample:
     length: int
     context_length: int = 0
     all_answers: bool = False
+    joined_by: str = JOINED_BY

@@ -12,14 +12,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from lrsa.data.babi import BABI_ARGS, draw_babi
-from lrsa.data.examples import Document, Example
+from lrsa.data.examples import Document, Example, Whitespace
 from lrsa.data.retrieval import KV_ARGS, draw_kv
 from lrsa.data.ruler import (
     CWE_ARGS,
+    CWE_SPACE,
     FWE_ARGS,
+    FWE_SPACE,
     HAYSTACK_ARGS,
+    HAYSTACK_SPACE,
     NIAH_ARGS,
+    NIAH_SPACE,
     VT_ARGS,
+    VT_SPACE,
     draw_cwe,
     draw_fwe,
     draw_niah,
@@ -128,6 +133,9 @@ def draw_passkey(args: dict[str, Any], questions: int, rng: random.Random, prefi
     return [Example(f"{prefix}-0", args["question"], (value,), (document,))]
 
 
+PROSE = Whitespace()
+
+
 @dataclass(frozen=True)
 class Synthetic:
     """`draw(args, questions, rng, prefix)` gives one context's examples; `args` are its arguments with their defaults.
@@ -135,6 +143,7 @@ class Synthetic:
     ordered: the documents stand in the haystack in the order drawn.
     least: set for a source that draws its whole context, in order, from also `size` (units, at least `least`; more are
     more tokens) and `depth` (0 to 1, of what is asked for among them). Question and answers must not depend on `size`.
+    space: the white space of its wording.
     hash_draws: whether the first draws are part of the data's fingerprint, which then tells another word list or rule.
     """
 
@@ -142,6 +151,7 @@ class Synthetic:
     args: dict[str, Any]
     ordered: bool = False
     least: int | None = None
+    space: Whitespace = PROSE
     hash_draws: bool = True
 
 
@@ -149,11 +159,11 @@ SYNTHETIC: dict[str, Synthetic] = {
     # Not hashed: records that are older than the hash are compared with new ones.
     "needles": Synthetic(draw_needles, NEEDLES_ARGS, hash_draws=False),
     "passkey": Synthetic(draw_passkey, PASSKEY_ARGS, hash_draws=False),
-    "niah": Synthetic(draw_niah, NIAH_ARGS, ordered=True),
-    "niah_haystack": Synthetic(draw_niah_haystack, HAYSTACK_ARGS, least=1),
-    "vt": Synthetic(draw_vt, VT_ARGS, ordered=True),
-    "cwe": Synthetic(draw_cwe, CWE_ARGS, least=1),
-    "fwe": Synthetic(draw_fwe, FWE_ARGS, least=16),
+    "niah": Synthetic(draw_niah, NIAH_ARGS, ordered=True, space=NIAH_SPACE),
+    "niah_haystack": Synthetic(draw_niah_haystack, HAYSTACK_ARGS, least=1, space=HAYSTACK_SPACE),
+    "vt": Synthetic(draw_vt, VT_ARGS, ordered=True, space=VT_SPACE),
+    "cwe": Synthetic(draw_cwe, CWE_ARGS, least=1, space=CWE_SPACE),
+    "fwe": Synthetic(draw_fwe, FWE_ARGS, least=16, space=FWE_SPACE),
     "babi": Synthetic(draw_babi, BABI_ARGS, ordered=True),
     "kv": Synthetic(draw_kv, KV_ARGS, least=1),
 }

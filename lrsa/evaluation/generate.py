@@ -20,7 +20,7 @@ from lrsa.cache import SparseKVCache, prefill
 from lrsa.cache.graphed import GraphedStep
 from lrsa.data import Sample
 from lrsa.data.datamodule import pad_id_of
-from lrsa.data.examples import target_text
+from lrsa.data.examples import JOINED_BY, target_text
 from lrsa.evaluation.answers import exact_match, f1, rouge_l
 from lrsa.evaluation.errors import EvaluationInputError
 from lrsa.evaluation.journal import Finished
@@ -190,6 +190,7 @@ class _Question:
     reference: list[int]
     answers: tuple[str, ...]
     all_answers: bool = False
+    joined_by: str = JOINED_BY
 
     def check(self, limit: int, stop_ids: Collection[int]) -> None:
         if len(self.reference) > limit:
@@ -215,7 +216,7 @@ class _Question:
     ) -> Answer:
         ended = bool(ids) and ids[-1] in stop_ids
         text = tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True)
-        whole = (target_text(self.answers, True),) if self.all_answers else self.answers
+        whole = (target_text(self.answers, True, self.joined_by),) if self.all_answers else self.answers
         return Answer(
             task,
             self.id,
@@ -242,7 +243,8 @@ def _questions(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> list[_Ques
         reference = sample.input_ids[start:stop]
         texts = sample.answers[number] if named else (tokenizer.decode(reference, skip_special_tokens=True),)
         every = named and sample.all_answers
-        found.append(_Question(name, sample.input_ids[:start], sample.context_length, reference, texts, every))
+        prompt = sample.input_ids[:start]
+        found.append(_Question(name, prompt, sample.context_length, reference, texts, every, sample.joined_by))
     return found
 
 

@@ -117,7 +117,7 @@ def _dataset(samples: SampleSet) -> Any:
                 "text": tokenizer.decode(ids, clean_up_tokenization_spaces=False).strip(),
                 "answers": list(sample.answers[-1]),
                 "all_answers": sample.all_answers,
-                "target": target_text(sample.answers[-1], sample.all_answers),
+                "target": target_text(sample.answers[-1], sample.all_answers, sample.joined_by),
                 "tokens": sample.length,
             }
         )

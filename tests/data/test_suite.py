@@ -136,7 +136,7 @@ def test_every_answer_follows_from_its_context(name: str, bytes_tokenizer) -> No
         solved = SOLVERS.get(name, solve_needles)(context, question)
         assert solved == list(answers) if name != "ruler_cwe" else sorted(solved) == sorted(answers)
         copied = target.removesuffix("<|im_end|>").strip()
-        assert copied == target_text(answers, sample.all_answers)
+        assert copied == target_text(answers, sample.all_answers, sample.joined_by)
         assert string_match(copied, answers, sample.all_answers) == 1
         assert string_match("", answers, sample.all_answers) == 0
         seen.add(tuple(sample.input_ids))

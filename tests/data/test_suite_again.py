@@ -167,6 +167,7 @@ def test_content_hash_sees_everything(bytes_tokenizer) -> None:
         "length": 1,
         "context_length": 1,
         "all_answers": not sample.all_answers,
+        "joined_by": "x",
     }
     assert set(changes) == {field.name for field in fields(sample)}
     hashes = {content_hash([replace(sample, **{name: value})]) for name, value in changes.items()}

@@ -2,6 +2,8 @@
 
 import ast
 import importlib.util
+import random
+import re
 from pathlib import Path
 
 import pytest
@@ -102,3 +104,70 @@ def test_question_answering(ruler: Path, bytes_tokenizer, squad_folder) -> None:
     query = said.rpartition("Question: ")[2].removesuffix(f" {theirs['answer_prefix']}")
     assert opening == words(before) and args["answer_prefix"] == theirs["answer_prefix"]
     assert said == f"{words(question).replace('QUERY', query)} {theirs['answer_prefix']}"
+
+
+def masked(text: str) -> str:
+    """What is drawn as one sign each: names of variables, numbers, keys of two words, UUIDs."""
+    text = re.sub(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", "<uuid>", text)
+    text = re.sub(r"\b[A-Z]{3}\b(?<!VAR)|\b[A-Z]{5}\b", "<name>", text)
+    return re.sub(r"\b[a-z]+-[a-z]+\b", "<key>", re.sub(r"\b\d{5,}\b", "<number>", text))
+
+
+def written(name: str, tokenizer, length: int, **args) -> str:
+    """The user's turn to the blank, and after a bar what the answer begins with."""
+    sample = SampleSet(task(name, limit=1, args=args), tokenizer, length)[0]
+    text = tokenizer.decode(sample.input_ids[: sample.answer_spans[0][0]])
+    return text.partition("user\n")[2].replace("<|im_end|>\n<|im_start|>assistant\n", "|")
+
+
+def test_variable_tracking_to_the_blank(ruler: Path, bytes_tokenizer) -> None:
+    """Against the text that lm-eval's own code writes. Ours is filled up to T with the end of a line of noise."""
+    pytest.importorskip("lm_eval.tasks.ruler.vt_utils")
+    from lm_eval.tasks.ruler import vt_utils
+
+    random.seed(0)
+    shot, shot_names = vt_utils.generate_input_output(10, 1, 4, is_icl=True)
+    text, _ = vt_utils.generate_input_output(30, 1, 4, is_icl=False)
+    worked = shot + " " + " ".join(shot_names) + "\n\n"  # as sys_vartrack_w_noise_random has it
+    user, prefix = (worked + "\n\n" + text).rsplit(" Answer:", 1)
+    ours, begun = written("ruler_vt", bytes_tokenizer, 5000).split("|")
+    assert masked(begun) == masked("Answer:" + prefix.rstrip())
+    mine, theirs = (masked(one).rsplit("Memorize and track", 1) for one in (ours, user))
+    assert sorted(mine[0].split("\n")) == sorted(theirs[0].split("\n")), "the worked example, wherever its names stand"
+    lines, expected = (one[1].split("\n") for one in (mine, theirs))
+    first = lines.index("") + 1
+    assert f" {REPEATED_NOISE}".endswith(lines[first]) or f"{REPEATED_NOISE}".endswith(lines[first].lstrip())
+    del lines[first], expected[first]
+    assert set(lines) == set(expected) and lines[-2:] == expected[-2:] and lines[:first] == expected[:first]
+
+
+@pytest.mark.parametrize("name", ["ruler_niah_single_1", "ruler_niah_multikey_2", "ruler_niah_multikey_3"])
+def test_needles_to_the_blank(name: str, ruler: Path, bytes_tokenizer) -> None:
+    """A line a needle or a line of noise, as `"\\n".join(sentences)` has it, between the template's line breaks."""
+    assert 'context = "\\n".join(sentences)' in (ruler / "prepare_niah.py").read_text(encoding="utf-8")
+    kind = "uuid" if name.endswith("3") else "number"
+    template = constants(ruler / "niah_utils.py")["TEMPLATE"]
+    for old, new in (("Some", "A"), ("are all", "is"), ("are", "is")):
+        template = template.replace(old, new)
+    ours, begun = written(name, bytes_tokenizer, 3000).split("|")
+    first, *lines, question = masked(ours).split("\n")
+    key = "<uuid>" if name.endswith("3") else "<key>"
+    given = template.format(type_needle_v=kind, context="...", query=key).split("\n")
+    assert (first, question) == (given[0], given[2])
+    assert begun == f"The special magic {kind} for {masked_back(begun)} mentioned in the provided text is"
+    needle = f"One of the special magic {kind}s for {key} is: <{kind}>."
+    allowed = {needle} | ({REPEATED_NOISE} if name == "ruler_niah_single_1" else set())
+    start = next(number for number, line in enumerate(lines) if line in allowed)
+    assert start <= 3 and sum(map(len, lines[:start])) < 130, "what fills up to T"
+    assert set(lines[start:]) == allowed
+
+
+def masked_back(begun: str) -> str:
+    return begun.partition(" for ")[2].partition(" mentioned")[0]
+
+
+def test_labels_are_said_once_in_a_plain_prompt(bytes_tokenizer) -> None:
+    data = SampleSet(task("ruler_vt", limit=1, prompt="plain"), bytes_tokenizer, 2100)
+    sample = data[0]
+    text = bytes_tokenizer.decode(sample.input_ids[sample.context_length : sample.answer_spans[0][0]])
+    assert text.lstrip().startswith("Question: Find all") and text.count("Question:") == text.count("Answer:") == 1
