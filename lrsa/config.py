@@ -244,6 +244,9 @@ class TableConf:
     retention: str | None = None  # own, reference: of the metric, the share of whose full score; null: the score itself
     formats: list[str] = field(default_factory=lambda: ["markdown", "latex", "csv"])
     figure: bool = True
+    figures: Any = (
+        None  # names of lrsa.results.figures.FIGURES, or {name: its options}; None: all that the records have
+    )
     bootstrap: int = 10_000
     rebuild: str | None = None  # the command that generated files name; default: this one
 

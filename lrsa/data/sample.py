@@ -29,3 +29,11 @@ class Sample:
     length: int
     context_length: int = 0
     all_answers: bool = False
+
+    @property
+    def depth(self) -> float | None:
+        """Where the one gold passage of its one question starts, 0 to 1 of the context; None where there are several,
+        or none.
+        """
+        single = len(self.gold_depth) == len(self.answer_spans) == 1
+        return round(self.gold_depth[0], 4) if single else None

@@ -50,6 +50,7 @@ class Answer:
     generated_tokens: int  # the stop token included
     hit_limit: bool  # no stop token came within max_new_tokens
     context: str = "full"  # none: without it; gold: its gold documents alone
+    depth: float | None = None  # `Sample.depth`
 
 
 @dataclass(frozen=True)
@@ -185,6 +186,7 @@ class _Question:
     reference: list[int]
     answers: tuple[str, ...]
     all_answers: bool = False
+    depth: float | None = None
 
     def check(self, limit: int, stop_ids: Collection[int]) -> None:
         if len(self.reference) > limit:
@@ -226,6 +228,7 @@ class _Question:
             generated_tokens=len(ids),
             hit_limit=not ended,
             context=context,
+            depth=self.depth,
         )
 
 
@@ -237,7 +240,8 @@ def _questions(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> list[_Ques
         reference = sample.input_ids[start:stop]
         texts = sample.answers[number] if named else (tokenizer.decode(reference, skip_special_tokens=True),)
         every = named and sample.all_answers
-        found.append(_Question(name, sample.input_ids[:start], sample.context_length, reference, texts, every))
+        prompt = sample.input_ids[:start]
+        found.append(_Question(name, prompt, sample.context_length, reference, texts, every, sample.depth))
     return found
 
 
