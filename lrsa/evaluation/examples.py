@@ -15,10 +15,13 @@ from lrsa.evaluation.scoring import answer_ids
 
 
 class Example(NamedTuple):
-    """`prompt`: all that the model reads before it answers; `reference`: the tokens that count as exact."""
+    """`prompt`: all that the model reads before it answers; `reference`: the tokens that count as exact, what ends the
+    turn included; `answer`: the words of it.
+    """
 
     prompt: str
     reference: str
+    answer: str
 
 
 def find_example(
@@ -53,7 +56,7 @@ def find_example(
     for sample in build_samples(found.prompts):
         for name, (first, stop) in zip(answer_ids(sample), sample.answer_spans, strict=True):
             if name == example:
-                return Example(
-                    tokenizer.decode(sample.input_ids[:first]), tokenizer.decode(sample.input_ids[first:stop])
-                )
+                read, scored = sample.input_ids[:first], sample.input_ids[first:stop]
+                answer = tokenizer.decode(scored, skip_special_tokens=True).strip()
+                return Example(tokenizer.decode(read), tokenizer.decode(scored), answer)
     raise ValueError(f"'{task}' has no example '{example}'")

@@ -24,7 +24,7 @@ def test_an_example_of_the_demo_is_what_its_record_scored(record: Record) -> Non
     found = find_example(record.config, tokenizer, "recall", "needles-00017-0", fingerprint(record))
     asked = found.prompt.rpartition("recall the code of ")[2].strip()
     value = found.prompt.partition(f"the code of {asked} is ")[2].partition(" .")[0]
-    assert found.reference == f"{value} <end>", "the answer stands in the context"
+    assert found.answer == value and found.reference == f"{value} <end>", "the answer stands in the context"
     outcome = next(row for row in record.outcomes() if row["id"] == "needles-00017-0")
     assert len(tokenizer(found.reference)["input_ids"]) == outcome["tokens"]
 
