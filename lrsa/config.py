@@ -278,6 +278,7 @@ class BenchConf:
     records: list[str] = field(default_factory=list)  # folders of earlier records: show these, measure nothing
     table: str | None = None  # also write the tables to this Markdown file
     model: ModelConf = field(default_factory=ModelConf)  # of mode=step, generate; its dtype is generate's
+    logger: LoggerConf = field(default_factory=LoggerConf)
 
 
 def config_dir() -> Path:

@@ -18,7 +18,8 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-from lrsa.config import TrainConf, config_dir, register_configs
+from lrsa.bench import run as run_benchmark
+from lrsa.config import BenchConf, TrainConf, config_dir, register_configs
 from lrsa.results import Record
 from lrsa.results.summary import TrackedName, headline, tracked_metrics
 from lrsa.tracking.wandb_run import run_id
@@ -258,6 +259,28 @@ def test_a_server_that_is_gone_at_the_end_costs_a_warning(
     assert "W&B failed to close its run (TimeoutError: not uploaded in time)" in caplog.text
     monkeypatch.undo()
     wandb.teardown()
+
+
+def test_a_benchmark_is_logged_when_it_is_over(tmp_path: Path) -> None:
+    shape = [
+        "lengths=[200]",
+        "lags=[16]",
+        "sink_size=4",
+        "head_dim=16",
+        "query_heads=4",
+        "key_value_heads=2",
+        "rounds=2",
+    ]
+    logger = ["logger=wandb", "logger.mode=offline"]
+    conf = OmegaConf.to_object(compose("bench", [*shape, *logger, f"run.output_dir={tmp_path}", "run.study=speed"]))
+    assert isinstance(conf, BenchConf)
+    record = run_benchmark(conf)
+    (offline,) = offline_runs(tmp_path)
+    (run,) = [entry["run"] for entry in entries_of(offline) if entry["type"] == "run"]
+    assert (run["job_type"], run["tags"]) == ("bench", ["speed", "kernels"])
+    summary, row = summary_of(offline), record.metrics["rows"][0]
+    assert summary["bench/forward.sparse.median"] == pytest.approx(row["forward"]["sparse"]["median"])
+    assert summary["results"]["nrows"] == 1
 
 
 @pytest.mark.parametrize("name", ["eval/needles/4x/exact", "eval/lrsa/own/task/floor/f1"])

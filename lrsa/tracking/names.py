@@ -43,7 +43,7 @@ def flat_config(record: Record) -> dict[str, Any]:
 
 def listed_config(record: Record) -> dict[str, Any]:
     """`flat_config`, and the resolved config in its groups, which W&B shows as `recipe.learning_rate` and so on."""
-    return {**record.config, **flat_config(record)}
+    return {**record.config, **{name: value for name, value in flat_config(record).items() if value is not None}}
 
 
 def tags(conf: LoggerConf, record: Record) -> list[str]:

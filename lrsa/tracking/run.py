@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -16,7 +17,7 @@ from omegaconf import OmegaConf
 from rich.console import Console, RenderableType
 from transformers import PreTrainedModel
 
-from lrsa.config import EvalConf, GenerateConf, TrainConf
+from lrsa.config import EvalConf, GenerateConf, LoggerConf, TrainConf
 from lrsa.evaluation import Journal, Task, identity
 from lrsa.results import Record, ResultTable, build_table, cells_frame, rows_for_logging
 from lrsa.results.environment import code_fingerprint
@@ -113,6 +114,22 @@ def finish(
         if cells and metric in cells[0]:
             Console().print(results_table(record, metric))
     log.info("record: %s", record.path)
+
+
+def log_benchmark(record: Record, conf: LoggerConf) -> None:
+    """A finished benchmark into a W&B run of its own: W&B's process would have taken time from what was timed. Rows are
+    flat, `forward.sparse.median`; the numbers of a benchmark of one row are in the summary too, as `bench/...`.
+    """
+    logger = start_wandb(conf, record, f"{record.study}-{record.arm}", sweep_name(), None)
+    if logger is None:
+        return
+    table = pd.json_normalize(record.metrics["rows"]).astype(object)
+    rows = table.where(table.notna(), None).to_dict("records")
+    numbers = (
+        {name: value for name, value in rows[0].items() if isinstance(value, int | float)} if len(rows) == 1 else {}
+    )
+    logger.log_results(record, {f"bench/{name}": value for name, value in numbers.items()}, rows)
+    logger.finish()
 
 
 def results_figure(record: Record) -> Figure | None:
