@@ -22,6 +22,7 @@ from lrsa.bench import run as run_benchmark
 from lrsa.config import BenchConf, TrainConf, config_dir, register_configs
 from lrsa.results import Record
 from lrsa.results.summary import TrackedName, headline, tracked_metrics
+from lrsa.results.wandb_export import load_wandb
 from lrsa.tracking.wandb_run import run_id
 from lrsa.train import run_training
 from lrsa.training import NonFiniteLoss, PostTraining
@@ -92,10 +93,12 @@ def offline_runs(folder: Path) -> list[Path]:
 
 
 def test_an_offline_run_holds_config_history_summary_table_and_figure(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    caplog.set_level(logging.INFO)  # as in a Hydra job
     record = trained(tmp_path / "run", "run.seed=3")
+    assert "fontTools" not in caplog.text
     (offline,) = offline_runs(tmp_path / "run")
     entries = entries_of(offline)
 
@@ -193,6 +196,8 @@ def test_an_unreachable_server_costs_a_warning(
     assert f"wandb sync {tmp_path / 'run' / 'wandb'}" in caplog.text
     (offline,) = offline_runs(tmp_path / "run")
     assert "eval/recall/4x/exact" in summary_of(offline)
+    (run,) = load_wandb(tmp_path / "run")  # what the attempt left behind is a part of it
+    assert run.state == "finished" and run.summary["score"] == summary_of(offline)["score"]
 
 
 def test_a_place_that_cannot_be_written_costs_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

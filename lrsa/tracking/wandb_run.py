@@ -10,6 +10,7 @@ import contextlib
 import functools
 import logging
 import os
+import uuid
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ from lrsa.results.record import OUTCOMES_FILE
 from lrsa.tracking.names import JOB_TYPES, listed_config, tags
 
 log = logging.getLogger(__name__)
+logging.getLogger("fontTools").setLevel(logging.WARNING)  # at INFO, thirty lines a PDF
 STEP = "trainer/global_step"  # optimiser steps: the x axis of what training logs
 
 
@@ -120,9 +122,8 @@ class WandbRun(Logger):
         if error is not None:
             self.summarise({"error": f"{type(error).__name__}: {error}"})
         self._close(0 if error is None else 1)
-        if self.broken:  # perhaps its process is gone, which W&B would not notice: the next run gets a new one
-            with contextlib.suppress(Exception):
-                wandb.teardown()
+        if self.broken:
+            _restart()  # perhaps its process is gone, which W&B would not notice
 
     @_unharmed("close its run", always=True)
     def _close(self, exit_code: int) -> None:
@@ -150,9 +151,10 @@ def start_wandb(conf: LoggerConf, record: Record, name: str, group: str | None, 
         "tags": tags(conf, record),
         "config": listed_config(record),
     }
-    before = run_id(record.folder, *([resume] if resume else []))
-    if before is not None and "WANDB_RUN_ID" not in os.environ:  # which a W&B agent sets, and wandb.init reads
-        options |= {"id": before, "resume": "allow"}
+    if "WANDB_RUN_ID" not in os.environ:  # which a W&B agent sets, and wandb.init reads
+        before = run_id(record.folder, *([resume] if resume else []))
+        # one of our own: what an attempt that did not reach the server leaves behind then is a part of the same run
+        options |= {"id": uuid.uuid4().hex[:8]} if before is None else {"id": before, "resume": "allow"}
     modes = [conf.mode] if conf.mode == "offline" else [conf.mode, "offline"]
     for mode in modes:
         try:
@@ -160,6 +162,7 @@ def start_wandb(conf: LoggerConf, record: Record, name: str, group: str | None, 
         except Exception as error:
             then = "the run is logged offline" if mode != modes[-1] else "the run goes on without it"
             log.warning("W&B cannot start with logger.mode=%s (%s): %s", mode, _first_line(error), then)
+            _restart()  # its process takes the id for one in use
             continue
         if mode != conf.mode:
             log.warning("`wandb sync %s` uploads it", folder)
@@ -187,6 +190,12 @@ def _init(mode: Any, timeout: float, options: Mapping[str, Any]) -> Any:
     if mode == "online":
         log.info("W&B: %s", run.url)
     return run
+
+
+def _restart() -> None:
+    """The next run gets a new process of W&B's."""
+    with contextlib.suppress(Exception):
+        wandb.teardown()
 
 
 def run_id(*places: str | Path) -> str | None:
