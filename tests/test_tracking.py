@@ -6,7 +6,6 @@ import logging
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,12 +16,15 @@ import wandb
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
+from wandb.util import get_core_path
 
 from lrsa.bench import run as run_benchmark
-from lrsa.config import BenchConf, TrainConf, config_dir, register_configs
+from lrsa.config import BenchConf, LoggerConf, TrainConf, config_dir, register_configs
 from lrsa.results import Record
 from lrsa.results.summary import TrackedName, headline, tracked_metrics
 from lrsa.results.wandb_export import load_wandb
+from lrsa.tracking import plain
+from lrsa.tracking.names import listed_config, tags
 from lrsa.tracking.wandb_run import run_id
 from lrsa.train import run_training
 from lrsa.training import NonFiniteLoss, PostTraining
@@ -70,9 +72,10 @@ def trained(folder: Path, *overrides: str) -> Record:
 
 
 def inspect(run: Path, *options: str) -> str:
-    """What W&B's own reader says of an offline run's folder."""
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", *options, str(run)]
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
+    """What W&B's own reader says of an offline run's folder: the program that `wandb leet inspect --json` starts."""
+    (file,) = run.glob("*.wandb")
+    program = [get_core_path(), "leet", "inspect", "-no-observability", "-json", *options, "-run-file", str(file)]
+    return subprocess.run([*program, str(run.parent)], check=True, capture_output=True, text=True, timeout=60).stdout
 
 
 def entries_of(run: Path) -> list[dict[str, Any]]:
@@ -84,7 +87,7 @@ def history_of(run: Path) -> list[dict[str, Any]]:
 
 
 def summary_of(run: Path) -> dict[str, Any]:
-    summary: dict[str, Any] = json.loads(inspect(run, "--summary"))["summary"]
+    summary: dict[str, Any] = json.loads(inspect(run, "-summary"))["summary"]
     return summary
 
 
@@ -286,6 +289,19 @@ def test_a_benchmark_is_logged_when_it_is_over(tmp_path: Path) -> None:
     summary, row = summary_of(offline), record.metrics["rows"][0]
     assert summary["bench/forward.sparse.median"] == pytest.approx(row["forward"]["sparse"]["median"])
     assert summary["results"]["nrows"] == 1
+
+
+def test_settings_that_runs_are_told_apart_by(tmp_path: Path) -> None:
+    """Of an evaluation, the rule is the one that it applies; what it has not is not there."""
+    options = ["model=recall_tiny", "attention@evaluation.attention=snapkv", "evaluation.compressions=[1,1.5]"]
+    conf = OmegaConf.to_object(compose("eval", [*options, "task=[recall,needles]", f"run.output_dir={tmp_path}"]))
+    record = Record.start(tmp_path, command="lrsa-eval", study="s", arm="a", seed=1, config=plain(conf))
+    found = listed_config(record)
+    expected = {"scorer": "snapkv", "eval_scorer": "snapkv", "eval_compressions": "1,1.5", "tasks": "recall,needles"}
+    expected |= {"model_name": "recall-tiny", "length": 4096, "command": "lrsa-eval", "arm": "a", "seed": 1}
+    assert {name: found.get(name) for name in expected} == expected
+    assert "compressions" not in found and found["evaluation"] == record.config["evaluation"]
+    assert tags(LoggerConf(tags=["x", "s", ""]), record) == ["x", "s", "a"]
 
 
 @pytest.mark.parametrize("name", ["eval/needles/4x/exact", "eval/lrsa/own/task/floor/f1"])

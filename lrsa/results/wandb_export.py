@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,10 @@ _IDENTITY = {"record": "record_id", "command": "command", "study": "study", "arm
 
 class WandbExportError(ValueError):
     """What is no W&B run; the message names the file."""
+
+
+class NothingLogged(WandbExportError):
+    """A run was killed before W&B wrote anything."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,8 @@ class TrackedRun:
 
 
 def load_wandb(*places: str | Path) -> list[TrackedRun]:
-    """All runs of the places: a `.wandb` file, a folder below which to look for such, or an exported CSV.
+    """All runs of the places: a `.wandb` file, a folder below which to look for such, or an exported CSV. A run in a
+    folder that was killed before W&B wrote anything is left out, with a warning.
 
     Raises WandbExportError for a place that does not exist, is none of these, or holds no run.
     """
@@ -64,7 +70,7 @@ def load_wandb(*places: str | Path) -> list[TrackedRun]:
         elif place.suffix == ".wandb" and place.is_file():
             runs.append(_read_offline(place))
         elif place.is_dir():
-            found = list(map(_read_offline, place.rglob("run-*.wandb")))
+            found = list(_read_folder(place))
             if not found:
                 raise WandbExportError(f"{place} holds no W&B run (a folder offline-run-*/ with a .wandb file)")
             runs += sorted(found, key=lambda run: pd.Timestamp(run.started))
@@ -73,10 +79,18 @@ def load_wandb(*places: str | Path) -> list[TrackedRun]:
     return _joined(runs)
 
 
+def _read_folder(folder: Path) -> Iterator[TrackedRun]:
+    for file in folder.rglob("run-*.wandb"):
+        try:
+            yield _read_offline(file)
+        except NothingLogged as error:
+            warnings.warn(f"left out: {error}", stacklevel=3)
+
+
 def _read_offline(file: Path) -> TrackedRun:
     state = json.loads(_inspect(file, "-summary"))
     if not state["run_id"]:
-        raise WandbExportError(f"{file} is empty: its run was killed before W&B wrote anything")
+        raise NothingLogged(f"{file} is empty: its run was killed before W&B wrote anything")
     entries = [json.loads(line) for line in _inspect(file).splitlines()]
     (run, *_) = [entry["run"] for entry in entries if entry["type"] == "run"]
     return TrackedRun(

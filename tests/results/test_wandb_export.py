@@ -118,4 +118,7 @@ def test_a_killed_run_is_read_as_far_as_it_came(records: list[Record], tmp_path:
     cut.parent.mkdir(parents=True)
     cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
     (run,) = load_wandb(cut)
+    (cut.parent / "run-empty.wandb").touch()
+    with pytest.warns(UserWarning, match=r"left out: .*run-empty\.wandb is empty"):
+        assert load_wandb(tmp_path / "cut") == [run]
     assert run.state == "running" and json.dumps(dict(run.config)) and not run.summary.get("score")
