@@ -43,7 +43,7 @@ DATA ?=
 EXTRAS ?=
 SPLIT_MB ?=
 
-.PHONY: help venv demo test test-slow test-matrix test-peers bench-generation check format model bundle clean
+.PHONY: help venv demo test test-slow test-matrix test-peers bench-generation check format notebooks model bundle clean
 
 help:
 	@echo 'make demo        post-train a small model with and without LRSA, print the table (CPU, no network needed once installed)'
@@ -54,6 +54,7 @@ help:
 	@echo 'make bench-generation  speed of generation on a GPU: dense, LRSA, kvpress'
 	@echo 'make check       ruff, mypy, import order'
 	@echo 'make format      let ruff rewrite the sources'
+	@echo 'make notebooks   run the notebooks (CPU, no network); to open them: pip install -e ".[notebooks]", jupyter lab notebooks'
 	@echo 'make model       SmolLM2-135M-Instruct into models/'
 	@echo 'make bundle      what a node without a network needs, in one folder:'
 	@echo '                 [PYTHON_VERSION=3.12] [PLATFORM=manylinux_2_28_x86_64] [HAVE=pip-list.txt] [EXTRAS=cuda]'
@@ -129,6 +130,10 @@ check: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# nbclient's command. It writes nothing back: notebooks are stored without outputs.
+notebooks: $(STAMP)
+	$(BIN)/jupyter-execute notebooks/*.ipynb
 
 model: $(STAMP)
 	$(BIN)/python -m lrsa.bundle.smollm2 models/SmolLM2-135M-Instruct

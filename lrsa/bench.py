@@ -18,7 +18,7 @@ from lrsa.benchmark.report import Report, report
 from lrsa.config import BenchConf, config_dir, register_configs
 from lrsa.results import Record
 from lrsa.results.store import load_records
-from lrsa.tracking import plain, task_overrides
+from lrsa.tracking import log_benchmark, plain, task_overrides
 
 register_configs()
 MODES = {"kernels": kernels.run, "step": step.run, "generate": generate.run}
@@ -73,6 +73,7 @@ def run(conf: BenchConf) -> Record:
             said = [f"{name} {cell}" for name, cell in zip(shown.columns, shown.rows[0], strict=True) if cell]
             Console().print(", ".join(said), soft_wrap=True, highlight=False)
         record.finish(metrics, [], [])
+    log_benchmark(record, conf.logger)
     Console().print(f"record: {record.path}", highlight=False)
     return record
 

@@ -127,6 +127,9 @@ class LoggerConf:
     entity: str | None = None
     group: str | None = None  # default: the sweep's folder name
     tags: list[str] = field(default_factory=list)
+    timeout: float = (
+        60.0  # seconds that a server may take to answer at the start, and to receive what is left at the end
+    )
 
 
 @dataclass
@@ -241,6 +244,9 @@ class TableConf:
     retention: str | None = None  # own, reference: of the metric, the share of whose full score; null: the score itself
     formats: list[str] = field(default_factory=lambda: ["markdown", "latex", "csv"])
     figure: bool = True
+    figures: Any = (
+        None  # names of lrsa.results.figures.FIGURES, or {name: its options}; None: all that the records have
+    )
     bootstrap: int = 10_000
     rebuild: str | None = None  # the command that generated files name; default: this one
 
@@ -272,6 +278,7 @@ class BenchConf:
     records: list[str] = field(default_factory=list)  # folders of earlier records: show these, measure nothing
     table: str | None = None  # also write the tables to this Markdown file
     model: ModelConf = field(default_factory=ModelConf)  # of mode=step, generate; its dtype is generate's
+    logger: LoggerConf = field(default_factory=LoggerConf)
 
 
 def config_dir() -> Path:

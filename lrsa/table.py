@@ -15,13 +15,12 @@ from rich.console import Console
 from rich.text import Text
 
 from lrsa.config import TableConf, config_dir, register_configs
-from lrsa.results.figures import accuracy_figure, loss_figure, position_figure, save_figure
+from lrsa.results.figures import make_figures, save_figure
 from lrsa.results.formats import to_console, write_table
-from lrsa.results.positions import position_frame
 from lrsa.results.record import Record
 from lrsa.results.retention import build_retention
 from lrsa.results.store import load_records
-from lrsa.results.tables import ResultTable, build_table, plot_frame
+from lrsa.results.tables import ResultTable, build_table
 
 register_configs()
 
@@ -57,26 +56,13 @@ def build(conf: TableConf, command: str = "lrsa-table") -> tuple[ResultTable, li
     table = build_table(records, **wanted)
     written = write_table(table, output, conf.formats)
     if conf.figure:
-        written += _write_figures(table, records, output)
+        written += _write_figures(table, records, output, conf.figures)
     return table, written
 
 
-def _write_figures(table: ResultTable, records: list[Record], output: Path) -> list[Path]:
-    written = []
-    if table.metric.name == "exact":
-        written += save_figure(accuracy_figure(plot_frame(table)), output, "accuracy")
-    stretches = position_frame(table)
-    if len(stretches):
-        written += save_figure(position_figure(stretches), output, "position")
-    arms = list(dict.fromkeys(row.arm for row in table.rows))
-    trained = [record for arm in arms for record in records if record.arm == arm and _has_curve(record)]
-    if trained:
-        written += save_figure(loss_figure(trained, table.names), output, "loss")
-    return written
-
-
-def _has_curve(record: Record) -> bool:
-    return bool(((record.training or {}).get("loss_curve") or {}).get("step"))
+def _write_figures(table: ResultTable, records: list[Record], output: Path, wanted: Any) -> list[Path]:
+    made = make_figures(records, table, wanted)
+    return [path for name, figure in made.items() for path in save_figure(figure, output, name)]
 
 
 def _command() -> str:

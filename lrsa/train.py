@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import hydra
 import torch
 from lightning import seed_everything
-from lightning.pytorch.loggers import WandbLogger
 from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -21,7 +20,8 @@ from lrsa.data import LRSADataModule
 from lrsa.evaluation import evaluate, load_tasks
 from lrsa.models import build_model, build_tokenizer
 from lrsa.results import Record, downsample
-from lrsa.tracking import finish, journalled, plain, recorded, task_overrides
+from lrsa.results.summary import headline
+from lrsa.tracking import WandbRun, finish, journalled, plain, recorded, task_overrides
 from lrsa.training import PostTraining, TrainingResult, find_checkpoint, fit, resolve_device, save_model
 from lrsa.training.lora import add_lora, merge_lora
 from lrsa.training.module import parameter_counts
@@ -68,7 +68,7 @@ def run_training(conf: TrainConf, overrides: Sequence[str] = ()) -> float | None
         return _train_and_evaluate(conf, record, logger)
 
 
-def _train_and_evaluate(conf: TrainConf, record: Record, logger: WandbLogger | None) -> float | None:
+def _train_and_evaluate(conf: TrainConf, record: Record, logger: WandbRun | None) -> float | None:
     seed_everything(conf.run.seed, verbose=False)
     tokenizer = build_tokenizer(conf.model)
     tasks = load_tasks(tokenizer, conf.evaluation, conf.data.length)
@@ -96,7 +96,7 @@ def _train(
     conf: TrainConf,
     tokenizer: PreTrainedTokenizerBase,
     record: Record,
-    logger: WandbLogger | None,
+    logger: WandbRun | None,
 ) -> PreTrainedModel:
     """The trained model, adapters merged, saved in `<run folder>/model`."""
     folder = Path(conf.run.output_dir)
@@ -119,13 +119,6 @@ def _train(
     elif adapter is not None:
         model = merge_lora(adapter)
     return model
-
-
-def headline(cells: Sequence[Mapping[str, Any]]) -> float | None:
-    """Mean exact match over compressed cells (else over full ones): one number for a sweeper to maximise."""
-    compressed = [cell["exact"] for cell in cells if cell["compression"] is not None and cell["compression"] > 1]
-    chosen = compressed or [cell["exact"] for cell in cells if cell["compression"] is not None]
-    return sum(chosen) / len(chosen) if chosen else None
 
 
 def _training_facts(trained: TrainingResult) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from lrsa.attention import inspection
 from lrsa.attention.api import sparse_attention
 from lrsa.attention.config import SparseAttentionConfig
 from lrsa.attention.documents import PAD, LastResult, find_documents
@@ -110,6 +111,7 @@ def attention(
     document_ids = found[0]
     depth: int = module.config.num_hidden_layers  # type: ignore[union-attr, assignment]
     config = config.for_layer(layer_idx, depth) or config
+    inspection.show(layer_idx, query, key, value, config, scaling)
     out = sparse_attention(
         query, key, value, config, layer_idx=layer_idx, document_ids=document_ids,
         prompt_lengths=kwargs.get("prompt_lengths"), scale=scaling, backend=backend,

@@ -196,7 +196,7 @@ def _select(key: Tensor, value: Tensor, query: Tensor | None, config: str, layer
     prompt, scorer = parsed.prompt(key.shape[2]), parsed.build_scorer()
     query = query if scorer.reads_query else None
     with torch.autocast(key.device.type, enabled=False):  # scores are float32 whatever the model computes in
-        scores = scorer(_partition(key, value, query, prompt, layer_idx, scale))[:, :, 0]
+        scores = scorer(whole_prompt(key, value, query, prompt, layer_idx, scale))[:, :, 0]
     return best(scores, prompt.kept) + prompt.sink
 
 
@@ -207,7 +207,7 @@ def _select_shape(
     return key.new_empty((*key.shape[:2], kept), dtype=torch.int64)
 
 
-def _partition(
+def whole_prompt(
     key: Tensor, value: Tensor, query: Tensor | None, prompt: PromptGeometry, layer_idx: int, scale: float
 ) -> Partitions:
     """The prompt as one partition and its lag; views, nothing is copied."""

@@ -32,3 +32,11 @@ class Sample:
     context_length: int = 0
     all_answers: bool = False
     joined_by: str = JOINED_BY
+
+    @property
+    def depth(self) -> float | None:
+        """Where the one gold passage of its one question starts, 0 to 1 of the context; None where there are several,
+        or none.
+        """
+        single = len(self.gold_depth) == len(self.answer_spans) == 1
+        return round(self.gold_depth[0], 4) if single else None

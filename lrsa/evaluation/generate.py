@@ -54,6 +54,7 @@ class Answer:
     generated_tokens: int  # the stop token included
     hit_limit: bool  # no stop token came within max_new_tokens
     context: str = "full"  # none: without it; gold: its gold documents alone
+    depth: float | None = None  # `Sample.depth`
 
 
 @dataclass(frozen=True)
@@ -191,6 +192,7 @@ class _Question:
     answers: tuple[str, ...]
     all_answers: bool = False
     joined_by: str = JOINED_BY
+    depth: float | None = None
 
     def check(self, limit: int, stop_ids: Collection[int]) -> None:
         if len(self.reference) > limit:
@@ -232,6 +234,7 @@ class _Question:
             generated_tokens=len(ids),
             hit_limit=not ended,
             context=context,
+            depth=self.depth,
         )
 
 
@@ -244,7 +247,8 @@ def _questions(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> list[_Ques
         texts = sample.answers[number] if named else (tokenizer.decode(reference, skip_special_tokens=True),)
         every = named and sample.all_answers
         prompt = sample.input_ids[:start]
-        found.append(_Question(name, prompt, sample.context_length, reference, texts, every, sample.joined_by))
+        about = (every, sample.joined_by, sample.depth)
+        found.append(_Question(name, prompt, sample.context_length, reference, texts, *about))
     return found
 
 

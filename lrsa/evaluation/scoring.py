@@ -33,6 +33,7 @@ class Outcome:
     nll: float
     tokens: int
     context: str = "full"  # none: without it; gold: its gold documents alone
+    depth: float | None = None  # `Sample.depth`
 
 
 def score(
@@ -108,7 +109,7 @@ def _score_batch(
             start = answer.stop
             exact = bool(is_right[answer].all())
             outcomes[-1].append(
-                Outcome(task, name, compression, exact, float(nll[answer].mean()), stop - first, context)
+                Outcome(task, name, compression, exact, float(nll[answer].mean()), stop - first, context, sample.depth)
             )
     if start != targets.numel():
         raise ValueError(f"{targets.numel()} target tokens in the mask, {start} in the answer spans of {batch['ids']}")

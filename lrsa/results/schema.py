@@ -106,6 +106,7 @@ OUTCOME: dict[str, Any] = {
     "exact": (bool,),
     "nll?": MaybeNumber,
     "tokens": (int,),  # of the reference
+    "depth?": MaybeNumber,  # where the one gold passage starts, 0 to 1 of the context
     "exact_match?": (bool,),  # this and what follows it of generated answers
     "f1?": Number,
     "rouge_l?": Number,

@@ -269,3 +269,15 @@ def test_outcomes_are_plain_values(
     check(vars(answer), OUTCOME)
     assert all(type(value) in (str, bool, int, float) for value in vars(answer).values())
     assert generate_answers(recall_model, [], None, **options).outcomes == []
+
+
+def test_outcomes_say_how_deep_the_answer_stood(
+    recall_model: PreTrainedModel, recall_samples: list[Sample], options: dict[str, Any]
+) -> None:
+    answers = generate_answers(recall_model, recall_samples[:4], None, **options).outcomes
+    scored = score(recall_model, recall_samples[:4], None, batch_size=4, pad_id=0)
+    depths = [sample.gold_depth[0] for sample in recall_samples[:4]]
+    assert [answer.depth for answer in answers] == [outcome.depth for outcome in scored]
+    assert [answer.depth for answer in answers] == pytest.approx(depths, abs=1e-4) and len(set(depths)) == 4
+    two = replace(recall_samples[0], gold_depth=(0.1, 0.9))
+    assert two.depth is None and replace(two, gold_depth=()).depth is None

@@ -166,3 +166,4 @@ def test_autocast_is_bfloat16(model: PreTrainedModel) -> None:
 def test_outcomes_are_plain_values(model: PreTrainedModel) -> None:
     (outcome,) = score(model, SAMPLES[:1], None, batch_size=1, pad_id=0)
     assert isinstance(outcome, Outcome) and type(outcome.exact) is bool and type(outcome.nll) is float
+    assert outcome.depth is None, "nothing says where its gold passage stands"

@@ -27,7 +27,7 @@ def test_command_writes_prints_and_leaves_nothing_else(tmp_path: Path, make_run:
     assert done.returncode == 0, done.stderr
     assert "LRSA 4x" in done.stdout and "wrote out/table.md" in done.stdout
     written = sorted(path.name for path in (tmp_path / "out").iterdir())
-    figures = ["accuracy.pdf", "accuracy.png", "loss.pdf", "loss.png"]
+    figures = ["accuracy.pdf", "accuracy.png", "loss.pdf", "loss.png"]  # all that these records have the data for
     assert written == [*figures, "table.csv", "table.md", "table.tex"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "runs"]  # no run folder of Hydra's
     # paths below the folder of the call are written relative to it, so the command works elsewhere

@@ -1,0 +1,167 @@
+"""Figures by name: what a table and its records can show."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from inspect import signature
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from lrsa.results.figures.curves import loss_figure, throughput_figure
+from lrsa.results.figures.frames import held_frame, styles_of, table_frame
+from lrsa.results.figures.heat import COMPRESSION, LAG, heat_figure, needle_figure
+from lrsa.results.figures.lines import accuracy_figure, pareto_figure, position_figure, retention_figure
+from lrsa.results.figures.style import NothingToShow
+from lrsa.results.positions import position_frame
+from lrsa.results.record import Record, RecordError
+from lrsa.results.retention import build_retention
+from lrsa.results.statistics import RESAMPLES
+from lrsa.results.tables import METRICS, ResultTable, Row
+
+FigureOf = Callable[..., Figure]  # (records, table, **its own options); raises NothingToShow where it has no data
+
+
+def _accuracy(records: Sequence[Record], table: ResultTable) -> Figure:
+    cells = table_frame(table)
+    if cells.empty or not table.metric.higher_is_better:
+        raise NothingToShow(f"the table's metric is {table.metric.name}: the figure shows scores of answers")
+    return accuracy_figure(cells, table.metric.title, styles_of(table))
+
+
+def _pareto(records: Sequence[Record], table: ResultTable) -> Figure:
+    held = held_frame(records, table.names)
+    cells = table_frame(table).merge(held, on=["task", "arm", "column"])
+    cells = cells[cells["compression"].notna()]
+    if cells["column"].nunique() < 2:
+        raise NothingToShow(
+            "fewer than two compressions say how many bytes they hold (kv_bytes_per_layer, cache_bytes)"
+        )
+    return pareto_figure(cells, table.metric.title, styles_of(table), table.metric.higher_is_better)
+
+
+def _retention(records: Sequence[Record], table: ResultTable, *, of: str = "own", bootstrap: int = RESAMPLES) -> Figure:
+    metric = table.metric.name
+    if metric not in METRICS:
+        raise NothingToShow(f"the table's metric is {metric}: it is a retention already")
+    try:
+        shares = build_retention(
+            records,
+            of=of,
+            arms=list(dict.fromkeys(row.arm for row in table.rows)),
+            tasks=list(dict.fromkeys(row.task for row in table.rows)),
+            compressions=[c.setting.compression for c in table.columns if c.setting.compression not in (None, 1)],
+            reference=table.reference or {row.arm: row.reference for row in table.differences if row.reference},
+            names=table.names,
+            metric=metric,
+            n_resamples=bootstrap,
+        )
+    except RecordError as error:
+        raise NothingToShow(str(error)) from error
+    cells = table_frame(shares)
+    if cells.empty:
+        raise NothingToShow("full - floor is nowhere clear of 0, so there is nothing to retain a share of")
+    unclear = [row for row in shares.rows if any(cell.unclear for cell in row.cells)]
+    absent = dict.fromkeys(row.arm for row in shares.rows if all(cell.weight is None for cell in row.cells))
+    note = f" Full - floor not clear of 0: {_listed(shares, unclear)}." if unclear else ""
+    note += f" Without a floor or full score: {', '.join(map(shares.name, absent))}." if absent else ""
+    return retention_figure(cells, shares.metric.title, styles_of(table), note)
+
+
+def _listed(table: ResultTable, rows: Sequence[Row]) -> str:
+    """`Needles (A, B), XQuAD (A)`."""
+    tasks = {row.task: [table.name(other.arm) for other in rows if other.task == row.task] for row in rows}
+    return ", ".join(f"{table.name(task)} ({', '.join(arms)})" for task, arms in tasks.items())
+
+
+def _position(records: Sequence[Record], table: ResultTable) -> Figure:
+    stretches = position_frame(table)
+    if stretches.empty:
+        raise NothingToShow("no prose was read by position: lrsa-eval mode=perplexity does")
+    return position_figure(stretches)
+
+
+def _loss(records: Sequence[Record], table: ResultTable) -> Figure:
+    return loss_figure(_of_table(records, table), table.names, styles_of(table))
+
+
+def _throughput(records: Sequence[Record], table: ResultTable) -> Figure:
+    return throughput_figure(_of_table(records, table), table.names, styles_of(table))
+
+
+def _heat(
+    records: Sequence[Record],
+    table: ResultTable,
+    *,
+    rows: str = LAG,
+    columns: str = COMPRESSION,
+    panels: str | None = None,
+) -> Figure:
+    runs = _of_table(records, table)
+    return heat_figure(runs, rows, columns, panels=panels, metric=table.metric.name, names=table.names)
+
+
+def _needle(
+    records: Sequence[Record],
+    table: ResultTable,
+    *,
+    tasks: Sequence[str] = (),
+    arms: Sequence[str] = (),
+    compressions: Sequence[float] = (),
+) -> Figure:
+    return needle_figure(
+        _of_table(records, table),
+        tasks=tasks,
+        arms=arms,
+        compressions=compressions,
+        metric=table.metric.name,
+        names=table.names,
+    )
+
+
+FIGURES: dict[str, FigureOf] = {
+    "accuracy": _accuracy,
+    "pareto": _pareto,
+    "retention": _retention,
+    "heat": _heat,
+    "needle": _needle,
+    "position": _position,
+    "loss": _loss,
+    "throughput": _throughput,
+}
+
+ON_REQUEST = ("throughput",)  # a by-product, which a reader might take for a measurement of speed
+
+
+def make_figures(
+    records: Sequence[Record],
+    table: ResultTable,
+    wanted: Sequence[str] | Mapping[str, Mapping[str, Any]] | None = None,
+) -> dict[str, Figure]:
+    """The figures that are `wanted`, by name, with their options where it is a mapping; None: all that the records have
+    the data for, but for those `ON_REQUEST`.
+
+    Raises ValueError for an unknown name, and for a wanted figure without data, saying what it lacks (NothingToShow).
+    """
+    unknown = [name for name in wanted or () if name not in FIGURES]
+    if unknown:
+        raise ValueError(f"unknown figure {', '.join(map(repr, unknown))}; choose from {', '.join(FIGURES)}")
+    default = [name for name in FIGURES if name not in ON_REQUEST]
+    options = wanted if isinstance(wanted, Mapping) else {name: {} for name in (default if wanted is None else wanted)}
+    made = {}
+    for name, given in options.items():
+        has = list(signature(FIGURES[name]).parameters)[2:]
+        if strange := [key for key in given or {} if key not in has]:
+            raise ValueError(f"figure {name} has no option {', '.join(strange)}; it has {', '.join(has) or 'none'}")
+        try:
+            made[name] = FIGURES[name](records, table, **(given or {}))
+        except NothingToShow as error:
+            if wanted is not None:
+                raise NothingToShow(f"figure {name}: {error}") from error
+    return made
+
+
+def _of_table(records: Sequence[Record], table: ResultTable) -> list[Record]:
+    """The records of the table's arms, arm by arm in its order."""
+    arms = dict.fromkeys(row.arm for row in table.rows)
+    return [record for arm in arms for record in records if record.arm == arm]
