@@ -14,7 +14,6 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from lrsa.results.figures.style import (
     STYLE,
     ArmStyle,
-    NothingToShow,
     add_caption,
     add_legend,
     arm_styles,
@@ -22,6 +21,7 @@ from lrsa.results.figures.style import (
     make_panels,
     plain_grid,
 )
+from lrsa.results.grids import NothingToShow
 from lrsa.results.record import Record
 from lrsa.results.store import cells_frame
 

@@ -10,9 +10,9 @@ from matplotlib.figure import Figure
 
 from lrsa.results.figures.curves import loss_figure, throughput_figure
 from lrsa.results.figures.frames import held_frame, styles_of, table_frame
-from lrsa.results.figures.heat import COMPRESSION, LAG, heat_figure, needle_figure
+from lrsa.results.figures.heat import heat_figure, needle_figure
 from lrsa.results.figures.lines import accuracy_figure, pareto_figure, position_figure, retention_figure
-from lrsa.results.figures.style import NothingToShow
+from lrsa.results.grids import COMPRESSION, LAG, NothingToShow, grid_of_needles, grid_of_settings
 from lrsa.results.positions import position_frame
 from lrsa.results.record import Record, RecordError
 from lrsa.results.retention import build_retention
@@ -98,7 +98,7 @@ def _heat(
     panels: str | None = None,
 ) -> Figure:
     runs = _of_table(records, table)
-    return heat_figure(runs, rows, columns, panels=panels, metric=table.metric.name, names=table.names)
+    return heat_figure(grid_of_settings(runs, rows, columns, panels=panels, metric=_scored(table), names=table.names))
 
 
 def _needle(
@@ -109,14 +109,22 @@ def _needle(
     arms: Sequence[str] = (),
     compressions: Sequence[float] = (),
 ) -> Figure:
-    return needle_figure(
+    grids = grid_of_needles(
         _of_table(records, table),
         tasks=tasks,
         arms=arms,
         compressions=compressions,
-        metric=table.metric.name,
+        metric=_scored(table),
         names=table.names,
     )
+    return needle_figure(grids)
+
+
+def _scored(table: ResultTable) -> str:
+    """The table's metric, if it is one of outcomes."""
+    if table.metric.name not in METRICS:
+        raise NothingToShow(f"the table's metric is {table.metric.name}, which single answers do not have")
+    return table.metric.name
 
 
 FIGURES: dict[str, FigureOf] = {
