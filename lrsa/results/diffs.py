@@ -80,13 +80,18 @@ def _claims_collide(records: Sequence[Record]) -> bool:
     )
 
 
-def _names(records: Sequence[Record]) -> list[str]:
-    """`lag_size=64 scorer=snapkv` of each record: what arms differ in, a knob that moves with another one left out."""
-    found = {key: values for key, values in differences(records).items() if not _below(key, _NOT_OF_AN_ARM)}
+def knobs(records: Sequence[Record]) -> dict[str, list[str]]:
+    """Of `differences`, what was turned: neither seeds nor names of runs, and of keys that move together the first."""
     kept: dict[str, list[str]] = {}
-    for key, values in found.items():
-        if values not in kept.values():  # evaluation.attention follows attention, say
+    for key, values in differences(records).items():
+        if not _below(key, _NOT_OF_AN_ARM) and values not in kept.values():  # evaluation.attention follows attention
             kept[key] = values
+    return kept
+
+
+def _names(records: Sequence[Record]) -> list[str]:
+    """`lag_size=64 scorer=snapkv` of each record."""
+    kept = knobs(records)
     names = short_names(list(kept))
     return [" ".join(f"{names[key]}={values[index]}" for key, values in kept.items()) for index in range(len(records))]
 

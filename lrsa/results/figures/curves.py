@@ -55,7 +55,7 @@ def loss_figure(
         for position, (arm, curve) in enumerate(curves):
             first = all(before != arm for before, _ in curves[:position])
             loss = np.array([np.nan if value is None else value for value in curve["loss"]], dtype=float)
-            smooth, every = _running_mean(loss), max(1, len(loss) // 6)
+            smooth, every = running_mean(loss), max(1, len(loss) // 6)
             axes.plot(curve["step"], loss, color=styles[arm].colour, linewidth=0.4, alpha=0.3, zorder=1)
             axes.plot(
                 curve["step"],
@@ -78,8 +78,8 @@ def loss_figure(
     return figure
 
 
-def _running_mean(values: np.ndarray) -> np.ndarray:
-    """Centred means over `SMOOTH` of the curve, over less at its ends."""
+def running_mean(values: np.ndarray) -> np.ndarray:
+    """Of a curve ``[points]``: centred means over `SMOOTH` of the curve, over less at its ends."""
     window = max(1, round(SMOOTH * len(values)))
     return pd.Series(values).rolling(window, center=True, min_periods=1).mean().to_numpy()
 
