@@ -166,6 +166,13 @@ def grid_of_needles(
     return Grids(scored, "depth, %", "context, tokens", tuple(made))
 
 
+def asks_for_depth(records: Sequence[Record]) -> bool:
+    """Whether runs were made to be seen by depth: at several lengths, or at depths that the config names."""
+    leaves = [flat(record.config) for record in records]
+    lengths = {leaf[LENGTH] for leaf in leaves if LENGTH in leaf}
+    return len(lengths) > 1 or any(key.endswith("args.depths") and leaf[key] for leaf in leaves for key in leaf)
+
+
 def known_metric(name: str) -> Metric:
     """That of `METRICS`. Raises ValueError for an unknown name."""
     if name not in METRICS:

@@ -204,6 +204,9 @@ def test_configs_are_compared_and_arms_told_apart(run) -> None:
         "dense",
     ]
     assert len(build_table(apart, **FAST).rows) == 3
+    longer = [run("lrsa", {4: right(0.5)}, lag=lag, length=length) for lag in (64, 128) for length in (1024, 2048)]
+    together = [record.arm for record in told_apart(longer, but=("evaluation.length",))]
+    assert together == ["lrsa lag_size=64"] * 2 + ["lrsa lag_size=128"] * 2
     two_tasks = [run("lrsa", {4: right(0.5)}, task=task, lag=lag) for task, lag in (("needles", 8), ("squad", 16))]
     assert [record.arm for record in told_apart(two_tasks)] == ["lrsa", "lrsa"], "they claim different cells"
 

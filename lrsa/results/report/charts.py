@@ -192,10 +192,12 @@ def linear_axis(low: float, high: float, text: Callable[[float], str] = "{:,g}".
 
 
 def power_axis(values: Sequence[float], base: float, text: Callable[[float], str], pad: float = 1.08) -> Axis:
-    """A logarithmic axis with ticks at the powers of `base` among positive values; of base 10, at 2 and 5 too."""
+    """A logarithmic axis with ticks at the powers of `base` among positive values; of 10 over few decades, at 2 and 5
+    too.
+    """
     low, high = min(values) / pad, max(values) * pad
     first, last = math.floor(math.log(low, base)), math.ceil(math.log(high, base))
-    between = (1, 2, 5) if base == 10 else (1,)
+    between = (1, 2, 5) if base == 10 and high / low < 300 else (1,)
     ticks = [base**power * factor for power in range(first, last + 1) for factor in between]
     return Axis(low, high, [(tick, text(tick)) for tick in ticks if low <= tick <= high], base)
 

@@ -32,6 +32,7 @@ from lrsa.results.report.sections import (
 from lrsa.results.report.views import charts_of, losses
 from lrsa.results.retention import build_retention
 from lrsa.results.statistics import RESAMPLES
+from lrsa.results.store import Setting
 from lrsa.results.tables import METRICS, ResultTable, build_table
 
 
@@ -143,10 +144,18 @@ def _by_number(name: str) -> list[Any]:
 
 
 def _retention(records: Sequence[Record], metric: str, wanted: Mapping[str, Any]) -> ResultTable | None:
-    """None where the floor or the full cache was not measured."""
+    """Of the arms whose floor and full cache were measured; None where there is none."""
     compressed = [factor for factor in wanted["compressions"] if factor != 1]
+    settings: dict[str, set[str]] = {}
+    for record in records:
+        settings.setdefault(record.arm, set()).update(Setting.of(cell).label for cell in record.cells)
+    arms = [arm for arm in wanted["arms"] if {"floor", "full"} <= settings.get(arm, set())]
+    if not arms:
+        return None
     try:
-        return build_retention(records, metric=metric, **{**wanted, "compressions": compressed})
+        return build_retention(
+            records, metric=metric, **{**wanted, "compressions": compressed, "arms": arms, "reference": {}}
+        )
     except ValueError:
         return None
 

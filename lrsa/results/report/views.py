@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from lrsa.results.diffs import knobs
+from lrsa.results.diffs import knobs, told_apart
 from lrsa.results.figures.curves import running_mean
 from lrsa.results.figures.frames import held_frame, sizes, styles_of, table_frame
 from lrsa.results.figures.lines import bytes_text, frontier
 from lrsa.results.figures.style import ArmStyle
-from lrsa.results.grids import COMPRESSION, LAG, NothingToShow, grid_of_needles, grid_of_settings
+from lrsa.results.grids import (
+    COMPRESSION,
+    LAG,
+    LENGTH,
+    NothingToShow,
+    asks_for_depth,
+    grid_of_needles,
+    grid_of_settings,
+)
 from lrsa.results.positions import position_frame
 from lrsa.results.record import Record
 from lrsa.results.report.charts import Axis, Chart, Curve, Rule, Value, draw_grids, draw_panel, linear_axis, power_axis
@@ -34,7 +43,7 @@ def charts_of(
         lambda: pareto(records, table),
         lambda: retained(retention, styles_of(table)),
         lambda: settings(records, table, families),
-        lambda: needles(records, table),
+        lambda: needles(records, table, families),
         lambda: positions(table),
     ]
     for view in views:
@@ -54,7 +63,12 @@ def accuracy(table: ResultTable) -> Chart:
     panels = []
     for task, of_task in measured.groupby("task", sort=False):
         curves = [
-            Curve(str(arm), styles[str(arm)], _values(line, "measured_ratio", metric.digits), "band")
+            Curve(
+                str(arm),
+                styles[str(arm)],
+                _values(line, "measured_ratio", metric.digits),
+                "" if styles[str(arm)].dashed else "band",
+            )
             for arm, line in of_task.groupby("arm", sort=False)
         ]
         floors = cells[(cells["task"] == task) & cells["compression"].isna()]
@@ -131,11 +145,12 @@ def settings(records: Sequence[Record], table: ResultTable, families: Mapping[st
     return draw_grids(grids, "heat", f"{_capital(grids.row_label)} by compression", "Means over examples and seeds.")
 
 
-def needles(records: Sequence[Record], table: ResultTable) -> Chart:
-    """Depth by length."""
-    grids = grid_of_needles(records, metric=table.metric.name, names=table.names)
-    if all(panel.means.shape[1] < 2 and (panel.counts < 5).any() for panel in grids.panels):
-        raise NothingToShow("too few answers a depth to be a picture")
+def needles(records: Sequence[Record], table: ResultTable, families: Mapping[str, str]) -> Chart:
+    """Depth by length, which therefore tells no arms apart."""
+    if not asks_for_depth(records):
+        raise NothingToShow("one length, and answers at random depths")
+    own = [replace(record, arm=families.get(record.arm, record.arm)) for record in records]
+    grids = grid_of_needles(told_apart(own, but=(LENGTH,)), metric=table.metric.name, names=table.names)
     caption = "Depth: where the answer starts in the context, 0 at its beginning."
     return draw_grids(grids, "needle", "By depth and length of the context", caption)
 
