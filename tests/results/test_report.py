@@ -58,7 +58,7 @@ def test_what_went_wrong_and_what_differs_is_there(sweep: list[Record]) -> None:
     assert "Failed, unfinished (2)" in page and "4 finished, 1 failed, 1 unfinished" in page
     assert "RuntimeError: out of memory" in page and "Traceback (most recent call last)" in page
     assert "still running, or killed" in page
-    row = re.search(r"<tr><td><code>recipe\.knob</code></td>(.*?)</tr>", page, re.S)
+    row = re.search(r'<td class="key"><code>recipe\.knob</code></td>(.*?)</tr>', page, re.S)
     assert row and re.findall(r"<code>(.*?)</code>", row.group(1)) == ["0", "9", "9", "3"]
     assert sweep[0].versions["torch"] in page and str(sweep[0].git["commit"]) in page
 
@@ -71,6 +71,8 @@ def test_a_swept_arm_is_told_apart_and_mapped(make_run: MakeRun, tmp_path: Path)
     arms = re.findall(r'<td class="name">(lrsa knob=\d+)</td>', page)
     assert arms[:3] == ["lrsa knob=8", "lrsa knob=16", "lrsa knob=128"], "by number"
     assert "lrsa: knob by nominal KV compression" in page
+    named = build_report(load_records(tmp_path / "runs"), names={"lrsa": "LRSA"}, arms=["lrsa"], **FAST)
+    assert re.findall(r'<td class="name">(LRSA knob=\d+)</td>', named)[:2] == ["LRSA knob=8", "LRSA knob=16"]
     assert re.findall(r'<text class="field[^>]*>([\d.]+)<', page) == ["100.0", "50.0", "100.0", "20.0", "100.0", "90.0"]
 
 

@@ -22,7 +22,7 @@ LEFT, RIGHT, TOP, BOTTOM = 42, 12, 10, 26
 
 @dataclass(frozen=True)
 class Value:
-    """A measured point in data units; `tip`: what is said of it."""
+    """A measured point in data units; `tip`: what is said of it, if anything."""
 
     x: float
     y: float
@@ -156,7 +156,7 @@ def draw_panel(
                 curve.label,
                 curve.style,
                 _path([(across(value.x), up(value.y)) for value in values]),
-                [] if curve.thin else [(across(value.x), up(value.y), value.tip) for value in values],
+                [(across(value.x), up(value.y), value.tip) for value in values if value.tip],
                 f"{_path(band)}Z" if curve.interval == "band" and len(bounded) > 1 else "",
                 [(across(v.x), up(v.low), up(v.high)) for v in bounded] if curve.interval == "bars" else [],
                 curve.marks,

@@ -77,9 +77,11 @@ def build_report(
         raise ValueError(f"unknown metric {', '.join(unknown)}; choose from {', '.join(METRICS)}")
     apart, names = told_apart(records), dict(names or {})
     families = {new.arm: old.arm for new, old in zip(apart, records, strict=True) if new.arm != old.arm}
-    records = apart
-    finished = [record for record in records if record.status == "finished"]
-    arms = list(arms) or sorted({record.arm for record in finished if record.cells}, key=_by_number)
+    names |= {new: names[old] + new.removeprefix(old) for new, old in families.items() if old in names}
+    records, finished = apart, [record for record in apart if record.status == "finished"]
+    measuring = sorted({record.arm for record in finished if record.cells}, key=_by_number)
+    asked = [[new for new in measuring if families.get(new) == arm] or [arm] for arm in arms]
+    arms = [arm for some in asked for arm in some] or measuring
     measured = [name for name in METRICS if any(name in cell for record in finished for cell in record.cells)]
     wanted: dict[str, Any] = {
         "arms": arms,

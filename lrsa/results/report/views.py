@@ -28,6 +28,7 @@ from lrsa.results.record import Record
 from lrsa.results.report.charts import Axis, Chart, Curve, Rule, Value, draw_grids, draw_panel, linear_axis, power_axis
 from lrsa.results.tables import ResultTable
 
+MOST_TIPS = 60  # of a loss curve: hundreds of runs must still make a page
 MEASURED = "KV compression, measured (full / kept)"
 
 
@@ -188,19 +189,19 @@ def losses(records: Sequence[Record], names: Mapping[str, str], styles: Mapping[
         if not pairs:
             continue
         at, raw = (np.array(column, dtype=float) for column in zip(*pairs, strict=True))
-        smooth = running_mean(raw)
+        smooth, every = running_mean(raw), -(-len(raw) // MOST_TIPS)
         steps, seen = [*steps, *at], [*seen, *raw[raw > 0]]
         plain = [Value(float(x), float(y), "") for x, y in zip(at, raw, strict=True)]
         means = [
-            Value(float(x), float(y), f"{arm}, seed {record.seed}, step {x:g}: {y:.3f} (logged {z:.3f})")
-            for x, y, z in zip(at, smooth, raw, strict=True)
+            Value(float(x), float(y), "" if k % every else f"{arm}, seed {record.seed}, step {x:g}: {y:.3f} ({z:.3f})")
+            for k, (x, y, z) in enumerate(zip(at, smooth, raw, strict=True))
         ]
         curves.append(Curve(arm, styles[arm], plain, marks=False, thin=True))
         curves.append(Curve(arm, styles[arm], means, marks=False))
     if not seen:
         raise NothingToShow("no record holds a loss curve")
     panel = draw_panel("", curves, linear_axis(0, max(steps)), power_axis(seen, 10, "{:g}".format))
-    caption = "A line a run: running means over 5% of the steps; thin: as logged."
+    caption = "A line a run: running means over 5% of the steps; thin, and in brackets: as logged."
     return Chart("loss", "Training loss", "optimiser step", "loss, nats a token", caption, [panel])
 
 
