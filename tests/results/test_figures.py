@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
@@ -22,7 +23,7 @@ from lrsa.results.figures import (
     save_figure,
 )
 from lrsa.results.figures.lines import bytes_text, frontier
-from lrsa.results.figures.style import arm_styles
+from lrsa.results.figures.style import COLUMN_WIDTH, TEXT_WIDTH, add_caption, arm_styles
 from lrsa.results.grids import NothingToShow, grid_of_needles, grid_of_settings
 
 RATIOS = {1: 1.0, 2: 1.9, 4: 3.37, 8: 5.56}
@@ -129,6 +130,18 @@ def test_the_caption_says_n_and_the_intervals(study: list[Record]) -> None:
     for name, figure in make_figures(study, build_table(study, **FAST)).items():
         (caption,) = [text.get_text().replace("\n", " ") for text in figure.texts]
         assert ("n: needles 22" in caption and "95% intervals over examples" in caption) or name in ("needle", "loss")
+
+
+@pytest.mark.parametrize("width", [COLUMN_WIDTH, TEXT_WIDTH])
+def test_a_caption_stays_on_its_figure(width: float) -> None:
+    figure = Figure(figsize=(width, 2), layout="constrained")
+    figure.subplots()
+    add_caption(figure, "Means of WIDE WORDS, 95% intervals over examples and seeds; n = 1,190 × 3 seeds a field. " * 4)
+    FigureCanvasAgg(figure).draw()
+    (caption,) = figure.texts
+    box, whole = caption.get_window_extent(), figure.bbox
+    assert box.x0 >= whole.x0 and box.x1 <= whole.x1 and box.y0 >= whole.y0
+    assert box.y1 < figure.axes[0].get_tightbbox().y0, "below the panel"
 
 
 def test_the_frontier_is_what_nothing_beats_at_as_few_bytes() -> None:

@@ -169,7 +169,7 @@ def add_legend(figure: Figure, panels: Sequence[Axes], more: Sequence[tuple[str,
 
 def add_caption(figure: Figure, text: str) -> None:
     """Small print below the panels: what n is and the intervals are. The figure grows by it."""
-    lines = textwrap.wrap(text, 165 if figure.get_figwidth() > COLUMN_WIDTH else 76, break_on_hyphens=False)
+    lines = textwrap.wrap(text, 150 if figure.get_figwidth() > COLUMN_WIDTH else 71, break_on_hyphens=False)
     width, height = figure.get_size_inches()
     room = 0.105 * len(lines) + 0.06
     figure.set_size_inches(width, height + room)
