@@ -252,6 +252,23 @@ class TableConf:
 
 
 @dataclass
+class ReportConf:
+    """`lrsa-report`: records -> one HTML page."""
+
+    study: str | None = None  # only its records; also where `records` default to
+    records: list[str] = field(default_factory=list)  # folders to search; []: experiments/<study>/records
+    output: str = "report.html"
+    title: str | None = None  # default: the study's name
+    arms: list[str] = field(default_factory=list)  # this and what follows as TableConf
+    reference: Any = None
+    tasks: list[str] = field(default_factory=list)
+    compressions: list[float] = field(default_factory=list)
+    names: Any = None
+    metrics: list[str] = field(default_factory=list)  # []: all scores that were measured, or else nll
+    bootstrap: int = 10_000
+
+
+@dataclass
 class BenchConf:
     """`lrsa-bench`: speed and memory against dense attention."""
 
@@ -301,4 +318,5 @@ def register_configs() -> None:
     store.store(name="train_schema", node=TrainConf)
     store.store(name="eval_schema", node=EvalConf)
     store.store(name="table_schema", node=TableConf)
+    store.store(name="report_schema", node=ReportConf)
     store.store(name="bench_schema", node=BenchConf)

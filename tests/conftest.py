@@ -19,6 +19,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_ABSENT = "shared data absent"
+BROWSER_ABSENT = "no browser"
 
 
 @pytest.fixture(scope="session")
@@ -46,7 +47,15 @@ def _private_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
-    """Say how much was not tested for want of the shared data: skips alone are easily overlooked."""
+    """Say how much was not tested for want of the shared data or a browser: skips alone are easily overlooked."""
+    unseen = [r for r in terminalreporter.stats.get("skipped", []) if BROWSER_ABSENT in str(r.longrepr)]
+    if unseen:
+        terminalreporter.write_line(
+            f"WARNING: {len(unseen)} tests of the HTML report were SKIPPED because there is no Chromium to open it "
+            "(apt-get install chromium chromium-driver; pip install selenium)",
+            yellow=True,
+            bold=True,
+        )
     skipped = [r for r in terminalreporter.stats.get("skipped", []) if SHARED_ABSENT in str(r.longrepr)]
     if skipped:
         terminalreporter.write_line(

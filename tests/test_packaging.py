@@ -78,13 +78,14 @@ def test_wheel_carries_configs_assets_and_licence(wheel: Path) -> None:
             assert f"lrsa/{folder.removeprefix('lrsa/')}/{path.relative_to(ROOT / folder).as_posix()}" in names
     assert "lrsa/conf/train.yaml" in names
     assert {"lrsa/evaluation/tasks/_lrsa_yaml", "lrsa/evaluation/tasks/lrsa_needles.yaml"} <= set(names)
+    assert {f"lrsa/results/report/page.{suffix}" for suffix in ("html", "css", "js")} <= set(names)
     assert "lrsa/py.typed" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not [name for name in names if name.startswith(("tests/", "conf/", "experiments/"))]
     assert wheel.stat().st_size < 10e6
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "table"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "table", "report"])
 def test_commands_run_from_the_wheel_in_any_folder(command: str, wheel: Path, tmp_path: Path) -> None:
     """Unpacked ahead of the editable install, so that neither the checkout's code nor its conf/ is found."""
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")

@@ -58,15 +58,16 @@ def short_names(keys: Sequence[str]) -> dict[str, str]:
     }
 
 
-def told_apart(records: Sequence[Record]) -> list[Record]:
+def told_apart(records: Sequence[Record], but: Sequence[str] = ()) -> list[Record]:
     """The records, arms renamed where several experiments of one arm measured the same cell with the same seed, as a
-    sweep over a knob does: `lrsa` becomes `lrsa lag_size=64`, `lrsa lag_size=128`. Other arms keep their names.
+    sweep over a knob does: `lrsa` becomes `lrsa lag_size=64`, `lrsa lag_size=128`. Other arms keep their names. What
+    differs in the keys `but` stays together.
     """
     renamed: dict[int, str] = {}
     for arm in dict.fromkeys(record.arm for record in records):
         members = [index for index, record in enumerate(records) if record.arm == arm]
         if _claims_collide([records[index] for index in members]):
-            for index, name in zip(members, _names([records[index] for index in members]), strict=True):
+            for index, name in zip(members, _names([records[index] for index in members], but), strict=True):
                 renamed[index] = f"{arm} {name}".strip()
     return [replace(record, arm=renamed.get(index, record.arm)) for index, record in enumerate(records)]
 
@@ -80,13 +81,18 @@ def _claims_collide(records: Sequence[Record]) -> bool:
     )
 
 
-def _names(records: Sequence[Record]) -> list[str]:
-    """`lag_size=64 scorer=snapkv` of each record: what arms differ in, a knob that moves with another one left out."""
-    found = {key: values for key, values in differences(records).items() if not _below(key, _NOT_OF_AN_ARM)}
+def knobs(records: Sequence[Record]) -> dict[str, list[str]]:
+    """Of `differences`, what was turned: neither seeds nor names of runs, and of keys that move together the first."""
     kept: dict[str, list[str]] = {}
-    for key, values in found.items():
-        if values not in kept.values():  # evaluation.attention follows attention, say
+    for key, values in differences(records).items():
+        if not _below(key, _NOT_OF_AN_ARM) and values not in kept.values():  # evaluation.attention follows attention
             kept[key] = values
+    return kept
+
+
+def _names(records: Sequence[Record], but: Sequence[str]) -> list[str]:
+    """`lag_size=64 scorer=snapkv` of each record."""
+    kept = {key: values for key, values in knobs(records).items() if key not in but}
     names = short_names(list(kept))
     return [" ".join(f"{names[key]}={values[index]}" for key, values in kept.items()) for index in range(len(records))]
 

@@ -15,7 +15,8 @@ from lrsa.results.figures.heat import heat_figure, needle_figure
 from lrsa.results.figures.kept import kept_figure, kept_html, kept_share, kept_text_figure
 from lrsa.results.figures.lines import accuracy_figure, pareto_figure, position_figure, retention_figure
 from lrsa.results.figures.registry import FIGURES, make_figures
-from lrsa.results.figures.style import COLOURS, MARKERS, NothingToShow, save_figure
+from lrsa.results.figures.style import COLOURS, MARKERS, save_figure
+from lrsa.results.grids import NothingToShow
 
 __all__ = [
     "COLOURS",

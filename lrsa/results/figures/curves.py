@@ -14,7 +14,6 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from lrsa.results.figures.style import (
     STYLE,
     ArmStyle,
-    NothingToShow,
     add_caption,
     add_legend,
     arm_styles,
@@ -22,6 +21,7 @@ from lrsa.results.figures.style import (
     make_panels,
     plain_grid,
 )
+from lrsa.results.grids import NothingToShow
 from lrsa.results.record import Record
 from lrsa.results.store import cells_frame
 
@@ -55,7 +55,7 @@ def loss_figure(
         for position, (arm, curve) in enumerate(curves):
             first = all(before != arm for before, _ in curves[:position])
             loss = np.array([np.nan if value is None else value for value in curve["loss"]], dtype=float)
-            smooth, every = _running_mean(loss), max(1, len(loss) // 6)
+            smooth, every = running_mean(loss), max(1, len(loss) // 6)
             axes.plot(curve["step"], loss, color=styles[arm].colour, linewidth=0.4, alpha=0.3, zorder=1)
             axes.plot(
                 curve["step"],
@@ -66,7 +66,8 @@ def loss_figure(
                 zorder=3,
             )
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
+        low, high = axes.get_ylim()
+        axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5) if high / low < 300 else (1,)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_locator(NullLocator())
         plain_grid(axes)
@@ -78,8 +79,8 @@ def loss_figure(
     return figure
 
 
-def _running_mean(values: np.ndarray) -> np.ndarray:
-    """Centred means over `SMOOTH` of the curve, over less at its ends."""
+def running_mean(values: np.ndarray) -> np.ndarray:
+    """Of a curve ``[points]``: centred means over `SMOOTH` of the curve, over less at its ends."""
     window = max(1, round(SMOOTH * len(values)))
     return pd.Series(values).rolling(window, center=True, min_periods=1).mean().to_numpy()
 

@@ -23,7 +23,7 @@ KEPT = COLOURS[0]
 UNRANKED = "0.9"
 _SHARE = LinearSegmentedColormap.from_list("kept", ["#ffffff", "#a6cbe3", KEPT, "#003a5c"])
 _MOST_COLUMNS = 1600  # more than this a printed line does not resolve
-_PER_LINE = 112  # characters of a line of text
+_PER_LINE = 144  # characters of a line of text
 _MOST_TOKENS = 1200
 
 
@@ -61,22 +61,24 @@ def kept_figure(found: Kept, title: str = "") -> Figure:
     edges = np.linspace(0, tokens, min(tokens, _MOST_COLUMNS) + 1).astype(int)
     widths = np.diff(edges)
     raster = np.add.reduceat(found.kept.mean(axis=1), edges[:-1], axis=1) / widths
+    raster = np.ma.masked_where(~found.ranked[:, edges[:-1]], raster)
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(TEXT_WIDTH, 1.35 + 0.062 * layers), layout="constrained")
         top, axes = figure.subplots(2, 1, sharex=True, height_ratios=[0.55, 0.2 + 0.062 * layers])
-        share = 100 * raster.mean(axis=0)
-        top.fill_between(edges, np.append(share, share[-1]), step="post", color=KEPT, alpha=0.75, linewidth=0)
+        share = np.add.reduceat(found.kept.mean(axis=(0, 1)), edges[:-1]) / widths
+        top.stairs(100 * share, edges, fill=True, color=KEPT, linewidth=0)
         for start, stop in _runs(_never_ranked(found, None)):
-            top.axvspan(start, stop, color=UNRANKED, linewidth=0, zorder=0)
+            top.axvspan(start, stop, color=UNRANKED, linewidth=0)
         top.set_ylim(0, 104)
         top.set_yticks([0, 50, 100])
         top.set_ylabel("kept by, %\nof all heads", fontsize=7)
         if title:
             top.set_title(title, loc="left", fontweight="bold")
+        axes.patch.set_facecolor(UNRANKED)
         image = axes.pcolormesh(
             edges, np.arange(layers + 1) - 0.5, raster, cmap=_SHARE, vmin=0, vmax=1, rasterized=True
         )
-        axes.invert_yaxis()
+        axes.set_ylim(layers - 0.5, -0.5)
         axes.yaxis.set_major_locator(MaxNLocator(min(layers, 8), integer=True))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         axes.set_xlim(0, tokens)
@@ -117,7 +119,7 @@ def kept_text_figure(
     advance, leading = 0.602 * size / 72, 1.62 * size / 72  # inches, of DejaVu Sans Mono
     width, height = TEXT_WIDTH, leading * (len(lines) + 0.6)
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained")
+        figure = Figure(figsize=(width, height))
         axes = figure.add_axes((0, 0, 1, 1))
         axes.set_axis_off()
         axes.set_xlim(0, width)
@@ -126,7 +128,7 @@ def kept_text_figure(
             y, x = leading * (row + 0.3), 0.06
             for index, text in line:
                 token = start + index
-                colour = UNRANKED if unranked[token] else _SHARE(0.62 * share[token])
+                colour = UNRANKED if unranked[token] else _SHARE(0.5 * share[token])
                 box = Rectangle((x, y), advance * len(text), 0.92 * leading, facecolor=colour, linewidth=0)
                 if unranked[token] or share[token] > 0:
                     axes.add_patch(box)

@@ -10,9 +10,9 @@ from matplotlib.figure import Figure
 
 from lrsa.results.figures.curves import loss_figure, throughput_figure
 from lrsa.results.figures.frames import held_frame, styles_of, table_frame
-from lrsa.results.figures.heat import COMPRESSION, LAG, heat_figure, needle_figure
+from lrsa.results.figures.heat import heat_figure, needle_figure
 from lrsa.results.figures.lines import accuracy_figure, pareto_figure, position_figure, retention_figure
-from lrsa.results.figures.style import NothingToShow
+from lrsa.results.grids import COMPRESSION, LAG, NothingToShow, asks_for_depth, grid_of_needles, grid_of_settings
 from lrsa.results.positions import position_frame
 from lrsa.results.record import Record, RecordError
 from lrsa.results.retention import build_retention
@@ -98,7 +98,7 @@ def _heat(
     panels: str | None = None,
 ) -> Figure:
     runs = _of_table(records, table)
-    return heat_figure(runs, rows, columns, panels=panels, metric=table.metric.name, names=table.names)
+    return heat_figure(grid_of_settings(runs, rows, columns, panels=panels, metric=_scored(table), names=table.names))
 
 
 def _needle(
@@ -109,14 +109,22 @@ def _needle(
     arms: Sequence[str] = (),
     compressions: Sequence[float] = (),
 ) -> Figure:
-    return needle_figure(
+    grids = grid_of_needles(
         _of_table(records, table),
         tasks=tasks,
         arms=arms,
         compressions=compressions,
-        metric=table.metric.name,
+        metric=_scored(table),
         names=table.names,
     )
+    return needle_figure(grids)
+
+
+def _scored(table: ResultTable) -> str:
+    """The table's metric, if it is one of outcomes."""
+    if table.metric.name not in METRICS:
+        raise NothingToShow(f"the table's metric is {table.metric.name}, which single answers do not have")
+    return table.metric.name
 
 
 FIGURES: dict[str, FigureOf] = {
@@ -139,14 +147,14 @@ def make_figures(
     wanted: Sequence[str] | Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, Figure]:
     """The figures that are `wanted`, by name, with their options where it is a mapping; None: all that the records have
-    the data for, but for those `ON_REQUEST`.
+    the data for, but for those `ON_REQUEST`, and the needles only where depths or several lengths were asked for.
 
     Raises ValueError for an unknown name, and for a wanted figure without data, saying what it lacks (NothingToShow).
     """
     unknown = [name for name in wanted or () if name not in FIGURES]
     if unknown:
         raise ValueError(f"unknown figure {', '.join(map(repr, unknown))}; choose from {', '.join(FIGURES)}")
-    default = [name for name in FIGURES if name not in ON_REQUEST]
+    default = [name for name in FIGURES if name not in ON_REQUEST and (name != "needle" or asks_for_depth(records))]
     options = wanted if isinstance(wanted, Mapping) else {name: {} for name in (default if wanted is None else wanted)}
     made = {}
     for name, given in options.items():
@@ -162,6 +170,6 @@ def make_figures(
 
 
 def _of_table(records: Sequence[Record], table: ResultTable) -> list[Record]:
-    """The records of the table's arms, arm by arm in its order."""
+    """The records of the table's arms, arm by arm in its order; all of them where its rows are no arms."""
     arms = dict.fromkeys(row.arm for row in table.rows)
-    return [record for arm in arms for record in records if record.arm == arm]
+    return [record for arm in arms for record in records if record.arm == arm] or list(records)

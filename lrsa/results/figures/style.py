@@ -47,10 +47,6 @@ STYLE: Any = {
 }
 
 
-class NothingToShow(ValueError):
-    """A figure has no data here; the message says which, and how to get it."""
-
-
 @dataclass(frozen=True)
 class ArmStyle:
     """Colour and marker of an arm, the same in every figure of a table; `dashed`: it is shown beside the arm that it is
@@ -173,13 +169,18 @@ def add_legend(figure: Figure, panels: Sequence[Axes], more: Sequence[tuple[str,
 
 def add_caption(figure: Figure, text: str) -> None:
     """Small print below the panels: what n is and the intervals are. The figure grows by it."""
-    lines = textwrap.wrap(text, 165 if figure.get_figwidth() > COLUMN_WIDTH else 76, break_on_hyphens=False)
+    lines = textwrap.wrap(text, 150 if figure.get_figwidth() > COLUMN_WIDTH else 71, break_on_hyphens=False)
     width, height = figure.get_size_inches()
     room = 0.105 * len(lines) + 0.06
     figure.set_size_inches(width, height + room)
+    share = room / (height + room)
     engine = figure.get_layout_engine()
-    assert isinstance(engine, ConstrainedLayoutEngine)
-    engine.set(rect=(0, room / (height + room), 1, height / (height + room)))
+    if isinstance(engine, ConstrainedLayoutEngine):
+        engine.set(rect=(0, share, 1, 1 - share))
+    else:
+        for axes in figure.axes:
+            left, bottom, across, up = axes.get_position().bounds
+            axes.set_position((left, share + (1 - share) * bottom, across, (1 - share) * up))
     figure.text(
         0.03 / width, 0.03 / height, "\n".join(lines), fontsize=5.8, color="0.35", va="bottom", linespacing=1.15
     )
