@@ -127,6 +127,9 @@ class LoggerConf:
     entity: str | None = None
     group: str | None = None  # default: the sweep's folder name
     tags: list[str] = field(default_factory=list)
+    timeout: float = (
+        60.0  # seconds that a server may take to answer at the start, and to receive what is left at the end
+    )
 
 
 @dataclass

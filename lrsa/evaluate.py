@@ -15,7 +15,6 @@ from typing import Any
 import hydra
 import torch
 from lightning import seed_everything
-from lightning.pytorch.loggers import WandbLogger
 from omegaconf import DictConfig, OmegaConf
 from rich import box
 from rich.console import Console
@@ -29,7 +28,7 @@ from lrsa.models import build_model, build_tokenizer
 from lrsa.results import Record
 from lrsa.results.record import write_atomically
 from lrsa.sweep import register_sweeps, run_once
-from lrsa.tracking import finish, journalled, recorded, task_overrides
+from lrsa.tracking import WandbRun, finish, journalled, recorded, task_overrides
 from lrsa.training import resolve_device
 from lrsa.validation import bad_input_without_traceback, check_context_window, check_eval
 
@@ -79,7 +78,7 @@ def _load_model(conf: EvalConf) -> PreTrainedModel:
     return build_model(conf.model, None).to(resolve_device(conf.trainer))
 
 
-def _run_grid(conf: EvalConf, tokenizer: PreTrainedTokenizerBase, record: Record, logger: WandbLogger | None) -> None:
+def _run_grid(conf: EvalConf, tokenizer: PreTrainedTokenizerBase, record: Record, logger: WandbRun | None) -> None:
     tasks = load_tasks(tokenizer, conf.evaluation, conf.evaluation.length)
     record.update(data=[fact for task in tasks for fact in task.facts()])
     if conf.mode == "generate":
@@ -128,7 +127,7 @@ def generation_protocol(conf: EvalConf, tokenizer: PreTrainedTokenizerBase, task
 
 
 def _run_perplexity(
-    conf: EvalConf, tokenizer: PreTrainedTokenizerBase, record: Record, logger: WandbLogger | None
+    conf: EvalConf, tokenizer: PreTrainedTokenizerBase, record: Record, logger: WandbRun | None
 ) -> None:
     length = conf.evaluation.length
     assert length is not None  # checked by check_eval
@@ -140,9 +139,7 @@ def _run_perplexity(
     finish(record, logger, cells, outcomes)
 
 
-def _run_lm_eval(
-    conf: EvalConf, tokenizer: PreTrainedTokenizerBase, record: Record, logger: WandbLogger | None
-) -> None:
+def _run_lm_eval(conf: EvalConf, tokenizer: PreTrainedTokenizerBase, record: Record, logger: WandbRun | None) -> None:
     from lrsa.evaluation.lm_eval_run import run_lm_eval  # lm-eval takes seconds to import
 
     model = _load_model(conf)

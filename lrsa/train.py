@@ -11,7 +11,6 @@ from typing import Any
 import hydra
 import torch
 from lightning import seed_everything
-from lightning.pytorch.loggers import WandbLogger
 from omegaconf import DictConfig, OmegaConf
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -23,7 +22,7 @@ from lrsa.models import build_model, build_tokenizer
 from lrsa.results import Record, downsample
 from lrsa.results.summary import headline
 from lrsa.sweep import register_sweeps, run_once
-from lrsa.tracking import finish, journalled, plain, recorded, task_overrides
+from lrsa.tracking import WandbRun, finish, journalled, plain, recorded, task_overrides
 from lrsa.training import PostTraining, TrainingResult, find_checkpoint, fit, resolve_device, save_model
 from lrsa.training.lora import add_lora, merge_lora
 from lrsa.training.module import parameter_counts
@@ -71,7 +70,7 @@ def run_training(conf: TrainConf, overrides: Sequence[str] = ()) -> float | None
         return _train_and_evaluate(conf, record, logger)
 
 
-def _train_and_evaluate(conf: TrainConf, record: Record, logger: WandbLogger | None) -> float | None:
+def _train_and_evaluate(conf: TrainConf, record: Record, logger: WandbRun | None) -> float | None:
     seed_everything(conf.run.seed, verbose=False)
     tokenizer = build_tokenizer(conf.model)
     tasks = load_tasks(tokenizer, conf.evaluation, conf.data.length)
@@ -99,7 +98,7 @@ def _train(
     conf: TrainConf,
     tokenizer: PreTrainedTokenizerBase,
     record: Record,
-    logger: WandbLogger | None,
+    logger: WandbRun | None,
 ) -> PreTrainedModel:
     """The trained model, adapters merged, saved in `<run folder>/model`."""
     folder = Path(conf.run.output_dir)

@@ -144,7 +144,7 @@ def test_multirun_with_own_configs_and_wandb(command: Command, tmp_path: Path) -
         assert record.config["recipe"]["weight_decay"] == 0.5
         offline = only(sweep / name / "wandb", "offline-run-*")
         content = only(offline, "*.wandb").read_bytes()
-        for said in (sweep.name, "train/loss", "train/tokens_per_second", "exact/recall/4x", "learning_rate"):
+        for said in (sweep.name, "train/loss", "train/tokens_per_second", "eval/recall/4x/exact", "learning_rate"):
             assert said.encode() in content, said
         table = json.loads(only(offline, "files/media/table/results*.json").read_text())
         assert table["columns"][:2] == ["task", "compression"] and len(table["data"]) == 3

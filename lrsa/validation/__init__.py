@@ -268,6 +268,8 @@ def _trainer(conf: TrainerConf) -> Iterator[str]:
 def _logger(conf: LoggerConf) -> Iterator[str]:
     if conf.mode not in WANDB_MODES:
         yield f"logger.mode={conf.mode!r} is unknown; choose one of {', '.join(WANDB_MODES)}"
+    if conf.timeout <= 0:
+        yield f"logger.timeout={conf.timeout}: seconds that the W&B server is waited for, above 0"
 
 
 def _evaluation(conf: EvaluationConf, length: int | None) -> Iterator[str]:

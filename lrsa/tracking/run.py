@@ -1,4 +1,4 @@
-"""A run's record and the W&B run beside it, offline unless told otherwise. Results never depend on W&B."""
+"""What a command does around its work: the record, the W&B run beside it, the journal, results on the terminal."""
 
 from __future__ import annotations
 
@@ -9,23 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import wandb
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from lightning.pytorch.loggers import WandbLogger
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 from rich.console import Console, RenderableType
 from transformers import PreTrainedModel
 
-from lrsa.config import EvalConf, GenerateConf, LoggerConf, RunConf, TrainConf
+from lrsa.config import EvalConf, GenerateConf, TrainConf
 from lrsa.evaluation import Journal, Task, identity
 from lrsa.results import Record, ResultTable, build_table, cells_frame, rows_for_logging
 from lrsa.results.environment import code_fingerprint
 from lrsa.results.figures import accuracy_figure, position_figure
 from lrsa.results.formats import to_console
 from lrsa.results.positions import position_frame
-from lrsa.results.tables import METRICS
+from lrsa.results.summary import summary_metrics, tracked_metrics, training_totals
+from lrsa.tracking.wandb_run import WandbRun, start_wandb
 
 log = logging.getLogger(__name__)
 
@@ -43,31 +42,10 @@ def sweep_name() -> str | None:
     return Path(hydra.sweep.dir).name if hydra.mode == RunMode.MULTIRUN else None
 
 
-def start_wandb(conf: LoggerConf, run: RunConf, config: Mapping[str, Any]) -> WandbLogger | None:
-    """A W&B run in `<run folder>/wandb`, as Lightning's logger; None where `logger.wandb` is off."""
-    if not conf.wandb or conf.mode == "disabled":
-        return None
-    started = wandb.init(
-        dir=run.output_dir,
-        mode=conf.mode,  # type: ignore[arg-type]  # checked by lrsa.validation
-        project=conf.project,
-        entity=conf.entity,
-        group=conf.group or sweep_name(),
-        name=f"{run.name}-seed{run.seed}",
-        job_type=run.study,
-        tags=[*conf.tags, run.study, run.arm],
-        config=dict(config),
-        settings=wandb.Settings(silent=True, console="off", x_disable_stats=conf.mode == "offline"),
-    )
-    started.define_metric("trainer/global_step", hidden=True)
-    started.define_metric("train/*", step_metric="trainer/global_step")
-    return WandbLogger(experiment=started, save_dir=run.output_dir)
-
-
 @contextlib.contextmanager
 def recorded(
     conf: TrainConf | EvalConf, command: str, arm: str, overrides: Sequence[str]
-) -> Iterator[tuple[Record, WandbLogger | None]]:
+) -> Iterator[tuple[Record, WandbRun | None]]:
     """The started record and W&B run of a command; whatever goes wrong inside marks both as failed and is raised."""
     config = plain(conf)
     with Record.start(
@@ -80,13 +58,16 @@ def recorded(
         overrides=overrides,
         resume=conf.resume,
     ) as record:
-        logger = start_wandb(conf.logger, conf.run, config)
+        name = f"{conf.run.name}-seed{conf.run.seed}"
+        logger = start_wandb(conf.logger, record, name, sweep_name(), conf.resume)
         try:
             yield record, logger
         except BaseException as error:
-            finish_wandb(logger, error)
+            if logger is not None:
+                logger.finish(error)
             raise
-        finish_wandb(logger)
+        if logger is not None:
+            logger.finish()
 
 
 @contextlib.contextmanager
@@ -118,59 +99,20 @@ def journalled(
 
 def finish(
     record: Record,
-    logger: WandbLogger | None,
+    logger: WandbRun | None,
     cells: Sequence[Mapping[str, Any]],
     outcomes: Sequence[Any],
     metrics: Mapping[str, Any] | None = None,
 ) -> None:
     """Results into the record and W&B, and as a table on the terminal. `metrics`: further ones than the cells'."""
-    metrics = summary_metrics(cells) | dict(metrics or {})
-    record.finish(metrics, cells, outcomes)
-    log_results(logger, metrics, cells, results_figure(record))
+    record.finish(summary_metrics(cells) | dict(metrics or {}), cells, outcomes)
+    if logger is not None:
+        logger.summarise(training_totals(record.training))
+        logger.log_results(record, tracked_metrics(cells, metrics), rows_for_logging(cells), results_figure(record))
     for metric in ("exact", "f1", "string_match") if not _prose(record) else ("nll",):
         if cells and metric in cells[0]:
             Console().print(results_table(record, metric))
     log.info("record: %s", record.path)
-
-
-def log_results(
-    logger: WandbLogger | None,
-    metrics: Mapping[str, Any],
-    cells: Sequence[Mapping[str, Any]],
-    figure: Figure | None = None,
-) -> None:
-    """Summary metrics, one table row a cell, and the figure (matplotlib)."""
-    if logger is None:
-        return
-    run = logger.experiment
-    run.summary.update(dict(metrics))
-    rows = rows_for_logging(cells)
-    if rows:
-        columns = list(rows[0])
-        run.log({"results": wandb.Table(columns=columns, data=[[row[name] for name in columns] for row in rows])})
-    if figure is not None:
-        run.log({"figure": wandb.Image(figure)})
-
-
-def finish_wandb(logger: WandbLogger | None, error: BaseException | None = None) -> None:
-    """Close the run; W&B lists it as failed if there was an `error`."""
-    if logger is None:
-        return
-    if error is not None:
-        logger.experiment.summary["error"] = f"{type(error).__name__}: {error}"
-    logger.experiment.finish(exit_code=0 if error is None else 1)
-
-
-def summary_metrics(cells: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """`exact/<task>/<column>` (a fraction) and `nll/<task>/<column>`, of generated answers `exact_match/...`,
-    `f1/...`, `rouge_l/...` and `string_match/...`; with columns floor, full, 2x, 4x, ...
-    """
-    return {
-        f"{name}/{row['task']}/{row['compression']}": cell[name]
-        for cell, row in zip(cells, rows_for_logging(cells), strict=True)
-        for name in METRICS
-        if cell.get(name) is not None
-    }
 
 
 def results_figure(record: Record) -> Figure | None:
