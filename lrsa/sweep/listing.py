@@ -34,7 +34,7 @@ def show_left_out(plan: Plan, console: Console) -> None:
 
 def show_jobs(plan: Plan, measured: Measured, console: Console) -> None:
     """The dry run: every job with its state, and its time and memory as predicted from which record."""
-    table = Table("", "job", "state", "time", "memory", "as", box=box.SIMPLE_HEAD)
+    table = Table("", "job", "state", "time", "memory", "source", box=box.SIMPLE_HEAD)
     sources: dict[str, str] = {}
     left, unknown, states = 0.0, 0, Counter[State]()
     for number, job in enumerate(plan.jobs, 1):
@@ -48,6 +48,8 @@ def show_jobs(plan: Plan, measured: Measured, console: Console) -> None:
     console.print(table)
     for source, mark in sources.items():
         console.print(f"{mark} {source}", highlight=False, markup=False, soft_wrap=True)
+    if unknown:
+        console.print(f"unknown: no finished run like it, on such a machine, in {', '.join(measured.folders)}")
     counted = ", ".join(f"{count} {state}" for state, count in states.items())
     total = f"about {_time(left)} one after another" if unknown < len(plan.jobs) - states[State.FINISHED] else "unknown"
     more = f" and {unknown} of unknown time" if unknown and left else ""

@@ -75,7 +75,7 @@ def expand(overrides: Sequence[Override]) -> list[list[str]]:
         key = override.get_key_element()
         if override.is_sweep_override() and not override.is_discrete_sweep():
             raise ConfigError(
-                f"{override.input_line}: a grid takes lists and ranges; hydra/sweeper=optuna takes intervals"
+                f"{override.input_line}: a grid takes lists and ranges; hydra/sweeper=optuna_tpe takes intervals"
             )
         several = (
             override.sweep_string_iterator() if override.is_sweep_override() else [override.get_value_element_as_str()]

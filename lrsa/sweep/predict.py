@@ -59,9 +59,10 @@ class Measured:
     """
 
     def __init__(self, folders: Iterable[str | Path]) -> None:
+        self.folders = list(map(str, folders))
         self.machine = hardware()
         self.records: list[Record] = []
-        for folder in map(Path, folders):
+        for folder in map(Path, self.folders):
             if next(folder.rglob(RECORD_FILE), None) is None:
                 continue
             with warnings.catch_warnings():

@@ -1,6 +1,6 @@
 """Hydra jobs on Ray: a local cluster, or one that runs already.
 
-hydra-ray-launcher 1.2.2 would do this too, but requires cloudpickle < 3, which knows no Python 3.13.
+hydra-ray-launcher 1.2.2 would do this too, but requires cloudpickle < 3 (constraints.txt: 3.1.2), and boto3.
 """
 
 from __future__ import annotations

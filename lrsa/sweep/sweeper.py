@@ -57,7 +57,9 @@ class GridSweeper(Sweeper):
         folder = Path(config.hydra.sweep.dir)
         elsewhere = config.dry_run or str(config.hydra.launcher._target_).endswith(("SlurmLauncher", "RayLauncher"))
         with bad_input_without_traceback():
-            plan = plan_jobs(lambda job: loader.load_sweep_config(config, job), expand(overrides), elsewhere)
+            grid = expand(overrides)
+            with console.status(f"checking {len(grid)} combinations"):
+                plan = plan_jobs(lambda job: loader.load_sweep_config(config, job), grid, elsewhere)
             if config.resume is not None:
                 check_continued(plan, folder)
             show_left_out(plan, console)
@@ -78,7 +80,7 @@ class GridSweeper(Sweeper):
             returns = list(self.launcher.launch(todo, initial_job_idx=0)) if todo else []
         except Exception as error:  # a worker that was killed, for one: the folders say what is finished all the same
             log.exception("the launcher failed")
-            trouble.append(f"the launcher failed: {type(error).__name__}: {error}")
+            trouble.append(f"the launcher failed, as shown above: {type(error).__name__}")
         trouble += show_outcome(plan, console)
         console.print(f"sweep: {shown(folder)}", highlight=False, soft_wrap=True)
         if trouble:

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -14,6 +15,7 @@ from hydra.core.global_hydra import GlobalHydra
 import lrsa.train
 from lrsa.results import Record
 from lrsa.results.record import RECORD_FILE
+from lrsa.sweep.lock import locked
 
 TINY = [
     "model=tiny_random",
@@ -35,6 +37,7 @@ TINY = [
     "evaluation.compressions=[1,4]",
     "evaluation.bootstrap=100",
 ]
+ROOT = Path(__file__).resolve().parents[2]
 CLOCK = ("seconds", "tokens_per_second")
 
 
@@ -53,9 +56,9 @@ class Sweeps:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._monkeypatch = monkeypatch
 
-    def run(self, *overrides: str, main: Callable[[], object] = lrsa.train.main) -> None:
+    def run(self, *overrides: str, main: Callable[[], object] = lrsa.train.main, tiny: bool = True) -> None:
         """In this process. A failure is a SystemExit, its message on standard error."""
-        self._monkeypatch.setattr(sys, "argv", ["lrsa-train", "-m", *TINY, *overrides])
+        self._monkeypatch.setattr(sys, "argv", ["lrsa", "-m", *(TINY if tiny else []), *overrides])
         GlobalHydra.instance().clear()
         try:
             main()
@@ -79,6 +82,9 @@ class Sweeps:
 @pytest.fixture
 def sweeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sweeps:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(
+        "PYTHONPATH", str(ROOT), prepend=os.pathsep
+    )  # processes of launchers: this checkout, installed or not
     return Sweeps(monkeypatch)
 
 
@@ -91,6 +97,19 @@ def kill(child: int) -> bool:
     """`kill -9`; whether there was still something to kill."""
     os.kill(child, signal.SIGKILL)
     return ended(child) == -signal.SIGKILL
+
+
+def held_by_another(path: Path) -> tuple[int, Callable[[], bool]]:
+    """A process that holds the lock until it is killed; its id, and what kills it."""
+    ready, said = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with locked(path):
+            os.write(said, b"1")
+            time.sleep(60)
+        os._exit(0)
+    os.read(ready, 1)
+    return child, lambda: kill(child)
 
 
 def records(folder: Path) -> dict[str, Record]:

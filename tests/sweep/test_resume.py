@@ -1,9 +1,7 @@
 """What a sweep promises: killed whenever, it goes on; two processes run no job twice; one failure stops no other."""
 
-import os
 import random
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ import pytest
 import lrsa.train
 from lrsa.results.record import RECORD_FILE
 from lrsa.sweep.lock import locked
-from tests.sweep.conftest import Sweeps, ended, kill, records, result
+from tests.sweep.conftest import Sweeps, ended, held_by_another, kill, records, result
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 GRID = ["recipe=dense,lrsa", "run.seed=0,1"]
@@ -108,19 +106,6 @@ def test_a_job_in_other_hands_is_left_alone(sweeps: Sweeps, capfd: pytest.Captur
     shown = capfd.readouterr().out
     assert f"is left to process {held}" in shown and "2 jobs: 1 running, 1 finished" in shown
     release()
-
-
-def held_by_another(path: Path) -> tuple[int, Callable[[], bool]]:
-    """A process that holds the lock until it is killed; its id, and what kills it."""
-    ready, said = os.pipe()
-    child = os.fork()
-    if child == 0:
-        with locked(path):
-            os.write(said, b"1")
-            time.sleep(60)
-        os._exit(0)
-    os.read(ready, 1)
-    return child, lambda: kill(child)
 
 
 def test_a_lock_is_free_at_once_when_its_owner_is_killed(tmp_path: Path) -> None:

@@ -8,4 +8,4 @@ class GridSweeper(sweeper.GridSweeper):
 
 
 class RayLauncher(ray_launcher.RayLauncher):
-    """`hydra/launcher=ray`."""
+    """`hydra/launcher=ray_cluster`."""
