@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -54,14 +53,19 @@ class Plan:
     warnings: dict[str, int] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
-        """`sweep.json`: which jobs are meant to be here, for whoever reads the results."""
-        jobs = [
-            {"id": job.id, "folder": job.folder.name, "swept": job.swept, "overrides": job.overrides}
-            for job in self.jobs
-        ]
-        text = json.dumps({"jobs": jobs, "pruned": [asdict(one) for one in self.pruned]}, indent=1, ensure_ascii=False)
+        """`sweep.json`: which jobs are meant to be here, for whoever reads the results; earlier grids' too."""
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / PLAN_FILE, f"{text}\n".encode())
+        jobs = {job["id"]: job for job in planned_before(folder)}
+        for job in self.jobs:
+            jobs[job.id] = {"id": job.id, "folder": job.folder.name, "swept": job.swept, "overrides": job.overrides}
+        value = {"jobs": list(jobs.values()), "pruned": [asdict(one) for one in self.pruned]}
+        write_atomically(folder / PLAN_FILE, f"{json.dumps(value, indent=1, ensure_ascii=False)}\n".encode())
+
+
+def planned_before(folder: Path) -> list[dict[str, Any]]:
+    """The jobs that `sweep.json` in `folder` lists; none without one."""
+    file = folder / PLAN_FILE
+    return json.loads(file.read_text(encoding="utf-8"))["jobs"] if file.is_file() else []
 
 
 def expand(overrides: Sequence[Override]) -> list[list[str]]:
@@ -102,7 +106,7 @@ def plan_jobs(
         config = compose(list(overrides))
         conf = _structured(config, Path(config.hydra.sweep.dir) / config.hydra.sweep.subdir)
         problems, warned = _checked(conf, elsewhere)
-        for text in warned:
+        for text in sorted(warned):
             plan.warnings[text] = plan.warnings.get(text, 0) + 1
         if problems:
             plan.pruned.append(Pruned(list(overrides), swept, problems))
@@ -125,20 +129,21 @@ def swept_overrides(grid: Sequence[Sequence[str]]) -> list[str]:
     return [" ".join(item for item in overrides if item not in shared) for overrides in grid]
 
 
-def check_continued(plan: Plan, folder: str | os.PathLike[str]) -> None:
+def check_continued(plan: Plan, folder: Path) -> None:
     """Refuse to go on with a sweep of which none of these jobs is.
 
     Raises:
         ConfigError: `folder` holds no sweep, or one of other jobs.
     """
-    file = Path(folder) / PLAN_FILE
-    if not file.is_file():
-        raise ConfigError(f"resume={folder}: with -m, the folder of a sweep that was started before; no {file} here")
-    before = {job["id"] for job in json.loads(file.read_text(encoding="utf-8"))["jobs"]}
+    before = {job["id"] for job in planned_before(folder)}
+    if not before:
+        raise ConfigError(
+            f"resume={folder}: with -m, the folder of a sweep that was started before: no {PLAN_FILE} there"
+        )
     if not before & {job.id for job in plan.jobs}:
         raise ConfigError(
             f"resume={folder}: none of the {len(plan.jobs)} jobs is among the {len(before)} of that sweep; repeat its "
-            f"command with resume= alone added ({file} lists its jobs)"
+            f"command with resume= alone added ({folder / PLAN_FILE} lists its jobs)"
         )
 
 

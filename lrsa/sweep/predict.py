@@ -106,7 +106,7 @@ def _leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
     if isinstance(value, Mapping):
         for key, item in value.items():
             yield from _leaves(item, f"{name}.{key}")
-    elif value is not None:  # a setting that an older record does not know
+    elif value is not None and value is not False:  # which may be a setting that an older record does not know
         yield name, value
 
 

@@ -5,6 +5,7 @@ hydra-ray-launcher 1.2.2 would do this too, but requires cloudpickle < 3 (constr
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, configure_log, filter_overrides, run_job, setup_globals
+from hydra.errors import CompactHydraException
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -32,9 +34,17 @@ class RayLauncher(Launcher):
         self.task: dict[Any, Any] = OmegaConf.to_container(OmegaConf.create(dict(task)))  # type: ignore[assignment]
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Hydra's hook. Raises CompactHydraException without Ray."""
+        if importlib.util.find_spec("ray") is None:
+            raise CompactHydraException("error: hydra/launcher=ray_cluster needs Ray: pip install 'lrsa[ray]'")
         self.hydra_context, self.task_function, self.config = hydra_context, task_function, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> list[JobReturn]:
+        """The jobs' returns, when all have ended.
+
+        Raises:
+            ray.exceptions.RayError: a worker died under its job; the others have gone on.
+        """
         import ray
 
         setup_globals()

@@ -42,7 +42,10 @@ class GridSweeper(Sweeper):
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Hydra's hook."""
         self.context, self.config = hydra_context, config
-        self.launcher = Plugins.instance().instantiate_launcher(hydra_context, task_function, config)
+        try:
+            self.launcher = Plugins.instance().instantiate_launcher(hydra_context, task_function, config)
+        except RuntimeError as error:
+            raise CompactHydraException(f"error: hydra/launcher: {error}; pip install 'lrsa[sweeps]'") from error
 
     def sweep(self, arguments: list[str]) -> list[JobReturn]:
         """The launched jobs' returns.

@@ -88,6 +88,18 @@ def sweeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sweeps:
     return Sweeps(monkeypatch)
 
 
+def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def has_said(child: int, text: str) -> bool:
+    log = Path(f"{child}.log")
+    return log.exists() and text in log.read_text()
+
+
 def ended(child: int) -> int:
     """Exit status, negative for a signal."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

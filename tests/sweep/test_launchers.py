@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from hydra.core.plugins import Plugins
 from omegaconf import OmegaConf
 
 from lrsa.config import config_dir
@@ -66,6 +67,28 @@ def test_ray(sweeps: Sweeps, capfd: pytest.CaptureFixture[str]) -> None:
     needs("ray", "ray")
     two_jobs(sweeps, *RAY)
     one_fails(sweeps, capfd, *RAY)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "broken", "extra"),
+    [("ray_cluster", "ray", "ray"), ("processes", "JoblibLauncher", "sweeps")],
+)
+def test_what_is_not_installed_is_named(
+    sweeps: Sweeps,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    launcher: str,
+    broken: str,
+    extra: str,
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == broken else find(name, *rest))
+    known = Plugins.instance().class_name_to_class
+    for name in [name for name in known if name.endswith(f".{broken}")]:
+        monkeypatch.delitem(known, name)
+    with pytest.raises(SystemExit):
+        sweeps.run(f"hydra/launcher={launcher}", "hydra.sweep.dir=runs")
+    assert f"pip install 'lrsa[{extra}]'" in capsys.readouterr().err and not Path("runs").exists()
 
 
 # ---------------------------------------------------------------- one process a GPU
