@@ -72,7 +72,8 @@ def test_24_jobs_killed_five_times(sweeps: Sweeps) -> None:
 
 
 def test_a_job_goes_on_within_its_epoch(sweeps: Sweeps, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At the step after the last checkpoint: no step is computed twice."""
+    """At the step after the last checkpoint, so that no step is computed twice; and in the same W&B run."""
+    wandb = ["logger=wandb", "logger.mode=offline"]
     steps: list[int] = []
     step = lrsa.train.PostTraining.training_step
 
@@ -85,11 +86,14 @@ def test_a_job_goes_on_within_its_epoch(sweeps: Sweeps, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(lrsa.train.PostTraining, "training_step", watched)
     with pytest.raises(Killed):
-        sweeps.run(*SEEDS, "hydra.sweep.dir=cut")
+        sweeps.run(*SEEDS, "hydra.sweep.dir=cut", *wandb)
     assert [record.status for record in records(Path("cut")).values()] == ["failed"]
-    sweeps.run(*SEEDS, "resume=cut")
+    sweeps.run(*SEEDS, "resume=cut", *wandb)
     assert steps == [0, 1, -1, 2, 3, 0, 1, 2, 3]
-    assert sorted(record.attempt for record in records(Path("cut")).values()) == [1, 2]
+    first, second = (record for record in records(Path("cut")).values())
+    assert (first.attempt, second.attempt) == (2, 1)
+    runs = [file.stem for file in first.folder.glob("wandb/offline-run-*/run-*.wandb")]
+    assert len(runs) == 2 and len(set(runs)) == 1
 
 
 def test_two_processes_share_a_sweep(sweeps: Sweeps) -> None:
