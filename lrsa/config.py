@@ -209,6 +209,7 @@ class TrainConf:
     logger: LoggerConf = field(default_factory=LoggerConf)
     evaluation: EvaluationConf = field(default_factory=EvaluationConf)
     resume: str | None = None  # a run folder, trained and evaluated as far as it came; or a checkpoint: training alone
+    dry_run: bool = False  # list the jobs (of a sweep, with -m) and what they will take; run none
 
 
 @dataclass
@@ -225,6 +226,7 @@ class EvalConf:
     lm_eval: LMEvalConf = field(default_factory=LMEvalConf)
     perplexity: PerplexityConf = field(default_factory=PerplexityConf)
     resume: str | None = None  # folder of a run that was killed or failed; what it finished is not computed again
+    dry_run: bool = False  # as of lrsa-train
 
 
 @dataclass

@@ -27,6 +27,7 @@ from lrsa.evaluation.perplexity import evaluate_prose, read_windows
 from lrsa.models import build_model, build_tokenizer
 from lrsa.results import Record
 from lrsa.results.record import write_atomically
+from lrsa.sweep import register_sweeps, run_once
 from lrsa.tracking import WandbRun, finish, journalled, recorded, task_overrides
 from lrsa.training import resolve_device
 from lrsa.validation import bad_input_without_traceback, check_context_window, check_eval
@@ -34,17 +35,20 @@ from lrsa.validation import bad_input_without_traceback, check_context_window, c
 SAMPLES_FILE = "lm_eval_samples.jsonl.gz"
 
 register_configs()
+register_sweeps()
 
 
 @hydra.main(config_path=str(config_dir()), config_name="eval", version_base=None)
-def main(config: DictConfig) -> None:
-    """Hydra entry."""
+def main(config: DictConfig) -> float | None:
+    """Hydra entry; returns the headline score, for sweepers that optimise."""
     conf = OmegaConf.to_object(config)
     assert isinstance(conf, EvalConf)
-    with bad_input_without_traceback():
-        run_evaluation(conf, overrides=task_overrides())
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()  # the jobs of a multirun share the process
+    try:
+        with bad_input_without_traceback():
+            return run_once(conf, lambda conf: run_evaluation(conf, overrides=task_overrides()))
+    finally:
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # the jobs of a multirun share the process
 
 
 def run_evaluation(conf: EvalConf, overrides: Sequence[str] = ()) -> Record:

@@ -21,6 +21,7 @@ from lrsa.evaluation import evaluate, load_tasks
 from lrsa.models import build_model, build_tokenizer
 from lrsa.results import Record, downsample
 from lrsa.results.summary import headline
+from lrsa.sweep import register_sweeps, run_once
 from lrsa.tracking import WandbRun, finish, journalled, plain, recorded, task_overrides
 from lrsa.training import PostTraining, TrainingResult, find_checkpoint, fit, resolve_device, save_model
 from lrsa.training.lora import add_lora, merge_lora
@@ -29,6 +30,7 @@ from lrsa.validation import bad_input_without_traceback, check_context_window, c
 
 log = logging.getLogger(__name__)
 register_configs()
+register_sweeps()
 
 # What a resumed run must share with the one that it continues; paths of caches and the like may change.
 IDENTITY = ("model", "attention", "data", "recipe")
@@ -37,12 +39,12 @@ NOT_IDENTITY = {"model": ("gradient_checkpointing",), "data": ("cache_dir", "wor
 
 @hydra.main(config_path=str(config_dir()), config_name="train", version_base=None)
 def main(config: DictConfig) -> float | None:
-    """Hydra entry; returns what `run_training` returns, for sweepers that optimise."""
+    """Hydra entry; returns the headline score, for sweepers that optimise."""
     conf = OmegaConf.to_object(config)
     assert isinstance(conf, TrainConf)
     try:
         with bad_input_without_traceback():
-            return run_training(conf, overrides=task_overrides())
+            return run_once(conf, lambda conf: run_training(conf, overrides=task_overrides()))
     finally:
         # The jobs of a multirun share the process: the next one needs this one's memory.
         gc.collect()

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import CompactHydraException
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lrsa.evaluate
@@ -135,8 +136,8 @@ def test_multirun_with_own_configs_and_wandb(command: Command, tmp_path: Path) -
     )
     command(lrsa.train.main, "-m", f"--config-dir={own.parent}", "experiment=mine")
     sweep = only(Path.cwd(), "multirun/mine/*")
-    runs = sorted(path.name for path in sweep.iterdir() if path.is_dir())
-    assert runs == ["0-dense-seed0", "1-lrsa-seed0"]
+    runs = sorted(path.name for path in sweep.glob("*-seed0-*"))
+    assert [name.rpartition("-")[0] for name in runs] == ["dense-seed0", "lrsa-seed0"]
     for name, arm in zip(runs, ("dense", "lrsa"), strict=True):
         record = Record.load(sweep / name)
         assert (record.status, record.arm, record.study) == ("finished", arm, "mine")
@@ -168,9 +169,9 @@ def test_a_failed_run_says_so_and_the_sweep_goes_on(command: Command, monkeypatc
         return evaluate(model, *arguments, **options)
 
     monkeypatch.setattr(lrsa.train, "evaluate", fail_dense)
-    with pytest.raises(RuntimeError, match="disk on fire"):
+    with pytest.raises(CompactHydraException, match="failed: recipe=dense: RuntimeError: disk on fire"):
         command(lrsa.train.main, "-m", "logger=none", "recipe=dense,lrsa", "run.study=broken")
-    dense, sparse = (Record.load(path) for path in sorted(Path.cwd().glob("multirun/broken/*/*-seed0")))
+    dense, sparse = (Record.load(path) for path in sorted(Path.cwd().glob("multirun/broken/*/*-seed0-*")))
     assert dense.status == "failed" and dense.error is not None and dense.error["message"] == "disk on fire"
     assert (dense.folder / "model" / "model.safetensors").exists(), "what was trained is kept"
     assert sparse.status == "finished"

@@ -39,6 +39,7 @@ NOT_IN_ID = (
     "data.cache_dir",
     "data.workers",
     "resume",
+    "dry_run",
 )
 
 
