@@ -5,11 +5,16 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+from lrsa.results.keys import look_up
+from lrsa.results.pivot import Pivot, Place, unlike
 from lrsa.results.record import OUTCOMES_FILE, Record, RecordError
+from lrsa.results.setting import Setting
 from lrsa.results.statistics import Interval, Retention, mean_over_seeds, paired_difference, retention
-from lrsa.results.store import Setting
+from lrsa.results.where import Where
 
 
 class TableWarning(UserWarning):
@@ -17,7 +22,8 @@ class TableWarning(UserWarning):
 
 
 FLOOR, FULL = Setting(None, "none"), Setting(1)
-Key = tuple[str, str, Setting]  # arm, task, what it was measured under
+EVERYWHERE, BY_ARM = Where.parse(""), Pivot()
+Key = tuple[str, str, Setting]  # arm (or what a pivot calls its row), task, what it was measured under
 
 
 @dataclass
@@ -30,6 +36,8 @@ class Measured:
     kept: dict[int, tuple[float, float]] = field(default_factory=dict)  # slots a KV head, bytes of all: after a prompt
     fingerprints: set[str] = field(default_factory=set)
     positions: tuple[int, int] | None = None  # of prose: tokens of a window, half-open
+    order: tuple[Any, ...] = ()  # sort key of its row
+    setting: Setting = FULL  # what it was measured under, whatever its column is called
 
     @property
     def runs(self) -> list[dict[str, float]]:
@@ -132,45 +140,64 @@ class Joined:
 
 
 def collect_cells(
-    records: Sequence[Record], metric: str, arms: Sequence[str] = (), tasks: Sequence[str] = ()
+    records: Sequence[Record],
+    metric: str,
+    arms: Sequence[str] = (),
+    tasks: Sequence[str] = (),
+    compressions: Sequence[float] = (),
+    where: Where = EVERYWHERE,
+    pivot: Pivot = BY_ARM,
 ) -> dict[Key, Measured]:
-    """Cells of the given arms and tasks (default: all) that were measured in `metric`, from the records' outcomes.
+    """Cells of the given rows, tasks and compressions (default: all), and `where` holds, that were measured in
+    `metric`, from the records' outcomes.
 
     Raises RecordError where the outcomes contradict the record's cells, an example is there twice, or two different
     experiments give one cell. The same experiment run twice counts once: the later run, with a TableWarning.
     """
     found: dict[Key, Measured] = {}
+    compared: dict[tuple[Path, Path], list[str]] = {}
     for record in sorted(records, key=lambda record: (record.finished or "", str(record.folder))):
-        if arms and record.arm not in arms:
-            continue
-        outcomes: dict[tuple[str, Setting], dict[str, dict[str, Any]]] = {}
-        for row in record.outcomes():
-            same = outcomes.setdefault((row["task"], Setting.of(row)), {})
-            if row["id"] in same:
-                what = f"example '{row['id']}' of {row['task']} at {Setting.of(row).label}"
-                raise RecordError(f"{record.folder / OUTCOMES_FILE}: {what} is there twice")
-            same[row["id"]] = row
+        wanted: list[tuple[Mapping[str, Any], Place]] = []
         for cell in record.cells:
-            task, setting = cell["task"], Setting.of(cell)
-            if (tasks and task not in tasks) or metric not in cell:
+            if (tasks and cell["task"] not in tasks) or metric not in cell:
                 continue
+            if compressions and Setting.of(cell) not in map(Setting, compressions):
+                continue
+            if where.holds(partial(look_up, record, cell)):
+                place = pivot.place(record, cell)
+                if not arms or place.row in arms:
+                    wanted.append((cell, place))
+        outcomes = _by_cell(record) if wanted else {}
+        for chosen, place in wanted:
+            task, setting = str(chosen["task"]), Setting.of(chosen)
             examples = outcomes.get((task, setting), {})
-            _check_agreement(record, cell, examples, metric)
-            into = found.setdefault((record.arm, task, setting), Measured())
-            _check_claim(into.sources.get(record.seed), record, f"{task} at {setting.label}")
+            _check_agreement(record, chosen, examples, metric)
+            into = found.setdefault((place.row, task, place.setting), Measured(order=place.order, setting=setting))
+            _check_claim(into, record, setting, place, task, None if pivot.usual else compared)
             into.sources[record.seed] = record
-            into.positions = (cell["positions"][0], cell["positions"][1]) if "positions" in cell else None
+            into.positions = (chosen["positions"][0], chosen["positions"][1]) if "positions" in chosen else None
             into.values[record.seed] = {
                 name: float("nan") if row[metric] is None else float(row[metric]) for name, row in examples.items()
             }
-            if cell.get("measured_ratio") is not None:
-                into.ratios[record.seed] = float(cell["measured_ratio"])
-            bytes_held = cell.get("cache_bytes") or sum(cell.get("kv_bytes_per_layer") or [])
+            if chosen.get("measured_ratio") is not None:
+                into.ratios[record.seed] = float(chosen["measured_ratio"])
+            bytes_held = chosen.get("cache_bytes") or sum(chosen.get("kv_bytes_per_layer") or [])
             if bytes_held:
-                into.kept[record.seed] = (float(cell.get("cache_slots") or cell["slots"]), float(bytes_held))
-            if cell.get("data_fingerprint"):
-                into.fingerprints.add(cell["data_fingerprint"])
+                into.kept[record.seed] = (float(chosen.get("cache_slots") or chosen["slots"]), float(bytes_held))
+            if chosen.get("data_fingerprint"):
+                into.fingerprints.add(chosen["data_fingerprint"])
     return found
+
+
+def _by_cell(record: Record) -> dict[tuple[str, Setting], dict[str, dict[str, Any]]]:
+    outcomes: dict[tuple[str, Setting], dict[str, dict[str, Any]]] = {}
+    for row in record.outcomes():
+        same = outcomes.setdefault((row["task"], Setting.of(row)), {})
+        if row["id"] in same:
+            what = f"example '{row['id']}' of {row['task']} at {Setting.of(row).label}"
+            raise RecordError(f"{record.folder / OUTCOMES_FILE}: {what} is there twice")
+        same[row["id"]] = row
+    return outcomes
 
 
 def _check_agreement(
@@ -188,11 +215,35 @@ def _check_agreement(
             raise RecordError(f"{where} says {name}={cell[name]}, the outcomes in {OUTCOMES_FILE} average {mean}")
 
 
-def _check_claim(before: Record | None, record: Record, where: str) -> None:
+def _check_claim(
+    into: Measured,
+    record: Record,
+    setting: Setting,
+    place: Place,
+    task: str,
+    compared: dict[tuple[Path, Path], list[str]] | None,
+) -> None:
+    """One cell is of one experiment; of a pivot, whose rows name no arm, its runs differ in their seed alone:
+    `compared` remembers which do.
+    """
+    before = into.sources.get(record.seed)
+    if compared is not None:
+        other = next(iter(into.sources.values()), record)
+        if (pair := (other.path, record.path)) not in compared:
+            compared[pair] = unlike(other, record)
+        apart = list(compared[pair])
+        if setting != into.setting:
+            apart.append(f"compression ({into.setting.label} and {setting.label})")
+        if apart:
+            raise RecordError(
+                f"{task}: row '{place.row}', column '{place.setting.label}' holds different experiments, "
+                f"{other.path} and {record.path}; they differ in {', '.join(apart[:6])}: add one to rows or columns, "
+                "or choose with where"
+            )
     if before is None:
         return
-    what = f"arm '{record.arm}', seed {record.seed}, {where}"
-    if before.id != record.id:
+    what = f"arm '{place.row}', seed {record.seed}, {task} at {place.setting.label}"
+    if before.id != record.id and compared is None:
         raise RecordError(
             f"{before.path} and {record.path} are different experiments, and both give {what}; "
             "give one another run.arm, or leave its folder out"

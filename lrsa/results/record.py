@@ -28,7 +28,7 @@ from lrsa.results import environment, schema
 RECORD_FILE = "record.json"
 OUTCOMES_FILE = "outcomes.jsonl.gz"
 # where a run is logged, how it is shown, what it saves and where it continues from do not change what it computes
-_NOT_IN_ID = (
+NOT_IN_ID = (
     "run.output_dir",
     "run.threads",
     "logger",
@@ -271,7 +271,7 @@ def _parsed(file: Path, number: int, line: str) -> Any:
 def config_id(command: str, config: Mapping[str, Any]) -> str:
     """16 hex digits of the command and its resolved config, less what does not change the result."""
     copy = json.loads(json.dumps(config))
-    for dotted in _NOT_IN_ID:
+    for dotted in NOT_IN_ID:
         *parents, last = dotted.split(".")
         node = copy
         for parent in parents:

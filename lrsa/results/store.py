@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 
 from lrsa.results.record import RECORD_FILE, Record, RecordError
+from lrsa.results.setting import Setting
 
 _NEVER_IN = frozenset({"wandb", "checkpoints", "__pycache__"})  # large, and they hold no records
 
@@ -63,37 +64,6 @@ def _why_left_out(record: Record) -> str:
         first_line = str(error.get("message") or "").partition("\n")[0]
         return f"{record.path} left out: failed with {error.get('type')}: {first_line}"
     return f"{record.path} left out: unfinished, started {record.started} (still running, or killed)"
-
-
-class Setting(NamedTuple):
-    """What a cell was measured under: nominal compression (1: full cache, None: no context), and how much of the
-    context there was: `full`, `none`, or `gold`, its gold documents alone.
-    """
-
-    compression: float | None
-    context: str = "full"
-
-    @classmethod
-    def of(cls, row: Mapping[str, Any]) -> Setting:
-        """That of a cell or an outcome. Records from before the ceiling was measured say no `context`."""
-        compression = row["compression"]
-        return cls(compression, row.get("context") or ("none" if compression is None else "full"))
-
-    @property
-    def label(self) -> str:
-        """`floor` without the context, `gold` with its gold documents alone, else `full` or `4x`."""
-        if self.compression is None or self.context == "none":
-            return "floor"
-        if self.context != "full":
-            return self.context
-        return "full" if self.compression == 1 else f"{self.compression:g}x"
-
-    @property
-    def order(self) -> float:
-        """Sort key: the floor, the gold documents alone, then rising compression."""
-        if self.compression is None:
-            return 0.0
-        return float(self.compression) if self.context == "full" else 0.5
 
 
 # The columns that both frames begin with: what the run is, and which cell.

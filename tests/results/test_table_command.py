@@ -35,27 +35,55 @@ def test_command_writes_prints_and_leaves_nothing_else(tmp_path: Path, make_run:
     assert "lrsa-table 'records=[runs]' output=out" in first and str(tmp_path) not in first
 
 
-def test_command_without_records_says_so_without_a_traceback(tmp_path: Path) -> None:
-    done = lrsa_table(tmp_path, "study=absent")
+def test_bad_input_is_said_without_a_traceback(tmp_path: Path) -> None:
+    done = lrsa_table(tmp_path, "experiment=absent")
     assert done.returncode == 1
-    assert "error: there is no folder experiments/absent/records" in done.stderr
+    assert "error: experiment=absent: there is no experiments/absent/table.yaml (here: none)" in unwrapped(done.stderr)
     assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
 
 
-def test_defaults_follow_the_study(tmp_path: Path, make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    make_run("dense", {("needles", 4): share(40)})
-    (tmp_path / "experiments/synthetic").mkdir(parents=True)
-    (tmp_path / "runs").rename(tmp_path / "experiments/synthetic/records")
-    monkeypatch.chdir(tmp_path)
-    table, written = build(TableConf(study="synthetic", figure=False, bootstrap=100))
-    assert [str(path) for path in written] == [
-        f"experiments/synthetic/table.{suffix}" for suffix in ("md", "tex", "csv")
-    ]
-    assert len(table.rows) == 1 and table.differences == ()
+def unwrapped(text: str) -> str:
+    return " ".join(text.split())
 
 
-def test_neither_records_nor_study() -> None:
+def test_records_need_a_name() -> None:
     with pytest.raises(ValueError, match="name the records to read"):
         build(TableConf())
-    with pytest.raises(ValueError, match="names='x' is not a mapping"):
-        build(TableConf(records=["."], names="x"))
+    with pytest.raises(ValueError, match="there is no folder nowhere"):
+        build(TableConf(records=["nowhere"]))
+
+
+def test_names_references_and_seeds_are_what_they_should_be(tmp_path: Path, make_run: MakeRun) -> None:
+    make_run("dense", {("needles", 4): share(40)})
+    for wrong in ({"names": "x"}, {"reference": 3}, {"seeds": "0"}, {"seeds": [0.5]}, {"seeds": {"dense": 3}}):
+        (key,) = wrong
+        with pytest.raises(ValueError, match=f"{key}="):
+            build(TableConf(records=[str(tmp_path / "runs")], output=str(tmp_path / "out"), **wrong))
+
+
+def test_a_studys_command_reads_its_settings_and_takes_more(tmp_path: Path, make_run: MakeRun) -> None:
+    """One process: the study's own table, then another one of its records, which does not replace it."""
+    study = tmp_path / "experiments" / "synthetic"
+    make_run("dense", {("needles", 1): share(90), ("needles", 4): share(40)})
+    study.mkdir(parents=True)
+    (tmp_path / "runs").rename(study / "records")
+    (study / "table.yaml").write_text("names: {dense: Dense}\ntitle: A study\nfigure: false\nbootstrap: 100\n")
+    done = lrsa_table(tmp_path, "experiment=synthetic", "names={needles: Needles}", "compressions=[4]")
+    assert done.returncode == 0, done.stderr
+    assert not (study / "table.md").exists(), "another table than its own goes elsewhere"
+    text = (tmp_path / "tables" / "synthetic" / "table.md").read_text()
+    command = "lrsa-table experiment=synthetic 'names={needles: Needles}' 'compressions=[4]'"
+    assert text.startswith(f"<!-- Generated, do not edit. Rebuild: {command} -->")
+    assert "### A study" in text and "| Needles | Dense | 100 | 40.0 [" in text and "90.0" not in text
+
+
+def test_one_broken_study_does_not_keep_the_others(tmp_path: Path, make_run: MakeRun) -> None:
+    make_run("dense", {("needles", 4): share(40)})
+    for name in ("a", "b"):
+        (tmp_path / "experiments" / name).mkdir(parents=True)
+        (tmp_path / "experiments" / name / "table.yaml").write_text(
+            f"records: [../../{'nowhere' if name == 'a' else 'runs'}]\nfigure: false\nbootstrap: 100\n"
+        )
+    done = lrsa_table(tmp_path, "experiment=all", "output=out")
+    assert done.returncode == 1 and "error: a, table: there is no folder nowhere" in done.stderr
+    assert (tmp_path / "out" / "b" / "table.md").exists() and not (tmp_path / "out" / "a").exists()
