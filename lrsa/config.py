@@ -249,7 +249,8 @@ class TableConf:
     formats: list[str] = field(default_factory=lambda: ["markdown", "latex", "csv"])
     figure: bool = True
     bootstrap: int = 10_000
-    store: str | None = None  # folder of Parquet files that the records are gathered in, and read from where unchanged
+    draws: str | None = None  # each: own ones for an interval; shared: for the whole table; null: shared with a store
+    store: str | None = None  # folder of Parquet files that gather the records and answer for those that did not change
 
 
 @dataclass

@@ -21,7 +21,7 @@ from lrsa.config import TableConf, config_dir, register_configs
 from lrsa.results.formats import to_console
 from lrsa.results.produce import make_table, write_all
 from lrsa.results.record import Record
-from lrsa.results.store import load_records
+from lrsa.results.store import choose, load_records
 from lrsa.results.study import find_studies, read_study, rebuilt_by
 from lrsa.results.tables import ResultTable
 
@@ -34,6 +34,7 @@ class Made(NamedTuple):
     shown: RenderableType
     written: list[Path]
     table: ResultTable | None = None
+    said: str = ""  # of the store
 
 
 def build(conf: TableConf, rebuild: str = "lrsa-table") -> Made:
@@ -46,11 +47,19 @@ def build(conf: TableConf, rebuild: str = "lrsa-table") -> Made:
             "name the records to read: records=[FOLDER,...]; or experiment=STUDY, one of experiments/*/table.yaml"
         )
     folder = Path(conf.output or "tables")
-    records = load_records(*conf.records, study=conf.study)
+    said = ""
+    if conf.store is None:
+        records = load_records(*conf.records, study=conf.study)
+    else:
+        from lrsa.results.gathered import gather  # pyarrow takes its time to import
+
+        every, read = gather(conf.records, conf.store)
+        records = choose(every, conf.records, study=conf.study)
+        said = f"store {conf.store}: {len(every)} records, {read} of them read anew"
     if conf.benchmark:
         return _benchmarks(conf, records, folder, rebuild)
     table = make_table(conf, records, rebuild)
-    return Made(to_console(table), write_all(conf, table, records, folder), table)
+    return Made(to_console(table), write_all(conf, table, records, folder), table, said)
 
 
 def _benchmarks(conf: TableConf, records: Sequence[Record], folder: Path, rebuild: str) -> Made:
@@ -103,6 +112,8 @@ def main(config: DictConfig) -> None:
                 if made is not None:
                     console.print(made.shown)
                     console.print()
+                    if made.said:
+                        console.print(Text(made.said), soft_wrap=True)
                     for path in made.written:
                         console.print(Text(f"wrote {path}"), soft_wrap=True)
                 else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,7 +12,8 @@ from typing import Any
 
 from lrsa.results.keys import look_up
 from lrsa.results.pivot import Pivot, Place, unlike
-from lrsa.results.record import OUTCOMES_FILE, Record, RecordError
+from lrsa.results.pool import Pool
+from lrsa.results.record import OUTCOMES_FILE, Examples, Record, RecordError
 from lrsa.results.setting import Setting
 from lrsa.results.statistics import Interval, Retention, mean_over_seeds, paired_difference, retention
 from lrsa.results.where import Where
@@ -65,12 +67,15 @@ class Joined:
     cells: dict[Key, Measured]
     n_resamples: int
     seed: int
+    pool: Pool | None = None  # one resampling for all cells; None: each interval draws anew
     _compared: dict[tuple[Key, Key], Interval | None] = field(default_factory=dict)
 
     def mean(self, key: Key) -> Interval | None:
         """Mean over seeds and examples; None for a cell that nobody measured."""
         cell = self.cells.get(key)
-        return None if cell is None else mean_over_seeds(cell.runs, self.n_resamples, self.seed)
+        if cell is None:
+            return None
+        return self.pool.mean(cell.runs) if self.pool else mean_over_seeds(cell.runs, self.n_resamples, self.seed)
 
     def difference(self, key: Key, other: str) -> Interval | None:
         """The cell minus that of arm `other`, paired; None where either is missing. ValueError for other examples."""
@@ -88,11 +93,16 @@ class Joined:
         if (key, base) not in self._compared:
             a, b = self.cells.get(key), self.cells.get(base)
             try:
-                compared = a and b and paired_difference(a.runs, b.runs, self.n_resamples, self.seed, names)
+                compared = a and b and self._paired(a.runs, b.runs, names)
             except ValueError as error:
                 raise ValueError(f"{key[1]} at {key[2].label}: {error}") from error
             self._compared[key, base] = compared or None
         return self._compared[key, base]
+
+    def _paired(self, a: list[dict[str, float]], b: list[dict[str, float]], names: tuple[str, str]) -> Interval:
+        if self.pool is not None:
+            return self.pool.difference(a, b, names)
+        return paired_difference(a, b, self.n_resamples, self.seed, names)
 
     def retention(self, key: Key, other: str, higher_is_better: bool) -> Retention | None:
         """The share of arm `other`'s gain with the full cache over its floor that the cell keeps over its own floor.
@@ -109,20 +119,18 @@ class Joined:
         if floor is None or full is None or (arm != other and full_floor is None):
             return None
         try:
-            found = retention(
-                score,
-                floor,
-                full,
-                full_floor,
-                higher_is_better=higher_is_better,
-                n_resamples=self.n_resamples,
-                seed=self.seed,
-            )
+            found = self._retained(score, floor, full, full_floor, higher_is_better)
         except ValueError as error:
             raise ValueError(f"{task} at {setting.label}: {error}") from error
         if found.share is None or key != wanted[2]:
             return found
         return replace(found, share=replace(found.share, low=1.0, high=1.0, method="definition"))
+
+    def _retained(self, score: Any, floor: Any, full: Any, full_floor: Any, higher_is_better: bool) -> Retention:
+        if self.pool is not None:
+            return self.pool.retention(score, floor, full, full_floor, higher_is_better)
+        options: dict[str, Any] = {"n_resamples": self.n_resamples, "seed": self.seed}
+        return retention(score, floor, full, full_floor, higher_is_better=higher_is_better, **options)
 
     def best(self, arms: Sequence[str], task: str, setting: Setting, higher_is_better: bool) -> str | None:
         """The arm that beats every other measured one, each paired interval clear of 0; of the whole context."""
@@ -131,7 +139,7 @@ class Joined:
             return None
         means = {arm: self.cells[arm, task, setting].mean for arm in present}
         top = (max if higher_is_better else min)(present, key=means.__getitem__)
-        for arm in present:
+        for arm in sorted(present, key=lambda arm: abs(means[arm] - means[top])):  # the nearest is likeliest to object
             if arm != top:
                 interval = self.difference((top, task, setting), arm)
                 if interval is None or not interval.excludes_zero:
@@ -167,18 +175,16 @@ def collect_cells(
                 place = pivot.place(record, cell)
                 if not arms or place.row in arms:
                     wanted.append((cell, place))
-        outcomes = _by_cell(record) if wanted else {}
+        outcomes = record.examples(list(dict.fromkeys(("exact", metric)))) if wanted else {}
         for chosen, place in wanted:
             task, setting = str(chosen["task"]), Setting.of(chosen)
-            examples = outcomes.get((task, setting), {})
+            examples = outcomes.get((task, setting), Examples([], {}))
             _check_agreement(record, chosen, examples, metric)
             into = found.setdefault((place.row, task, place.setting), Measured(order=place.order, setting=setting))
             _check_claim(into, record, setting, place, task, None if pivot.usual else compared)
             into.sources[record.seed] = record
             into.positions = (chosen["positions"][0], chosen["positions"][1]) if "positions" in chosen else None
-            into.values[record.seed] = {
-                name: float("nan") if row[metric] is None else float(row[metric]) for name, row in examples.items()
-            }
+            into.values[record.seed] = dict(zip(examples.ids, examples.values[metric], strict=True))
             if chosen.get("measured_ratio") is not None:
                 into.ratios[record.seed] = float(chosen["measured_ratio"])
             bytes_held = chosen.get("cache_bytes") or sum(chosen.get("kv_bytes_per_layer") or [])
@@ -189,30 +195,18 @@ def collect_cells(
     return found
 
 
-def _by_cell(record: Record) -> dict[tuple[str, Setting], dict[str, dict[str, Any]]]:
-    outcomes: dict[tuple[str, Setting], dict[str, dict[str, Any]]] = {}
-    for row in record.outcomes():
-        same = outcomes.setdefault((row["task"], Setting.of(row)), {})
-        if row["id"] in same:
-            what = f"example '{row['id']}' of {row['task']} at {Setting.of(row).label}"
-            raise RecordError(f"{record.folder / OUTCOMES_FILE}: {what} is there twice")
-        same[row["id"]] = row
-    return outcomes
-
-
-def _check_agreement(
-    record: Record, cell: Mapping[str, Any], examples: Mapping[str, Mapping[str, Any]], metric: str
-) -> None:
+def _check_agreement(record: Record, cell: Mapping[str, Any], examples: Examples, metric: str) -> None:
     where = f"{record.path}: {cell['task']} at {Setting.of(cell).label}"
-    if len(examples) != cell["n"] or not examples:
-        raise RecordError(f"{where} says n={cell['n']}, {OUTCOMES_FILE} holds {len(examples)} examples")
+    if len(examples.ids) != cell["n"] or not examples.ids:
+        raise RecordError(f"{where} says n={cell['n']}, {OUTCOMES_FILE} holds {len(examples.ids)} examples")
     for name in dict.fromkeys(("exact", metric)):
         if name == "nll" or name not in cell:  # stored with six digits, and may be infinite
             continue
-        values: list[Any] = [row.get(name) for row in examples.values()]
-        mean = sum(map(float, values)) / len(values) if None not in values else None
-        if mean is None or abs(mean - cell[name]) > 1e-6:
-            raise RecordError(f"{where} says {name}={cell[name]}, the outcomes in {OUTCOMES_FILE} average {mean}")
+        values = examples.values[name]
+        mean = math.fsum(values) / len(values)
+        if not abs(mean - cell[name]) <= 1e-6:
+            said = None if math.isnan(mean) else mean
+            raise RecordError(f"{where} says {name}={cell[name]}, the outcomes in {OUTCOMES_FILE} average {said}")
 
 
 def _check_claim(

@@ -20,6 +20,8 @@ def notes_of(table: ResultTable, joined: Joined, seeds: Seeds = ()) -> tuple[str
     cells = [cell for row in table.rows for cell in row.cells]
     over = "examples and seeds" if any(c.weight and c.weight.seeds > 1 for c in cells) else "examples"
     notes = [f"{table.metric.title[:1].upper()}{table.metric.title[1:]}, with its 95% interval over {over}."]
+    if joined.pool is not None:
+        notes.append("Its bounds come from one resampling of examples that all cells share.")
     if any(column.measured for column in table.columns):
         notes.append("In brackets after a compression: the measured ratio, full cache / kept.")
     labels = {column.label for column in table.columns}

@@ -11,7 +11,7 @@ from lrsa.results.formats import write_table
 from lrsa.results.pivot import COLUMNS, Pivot
 from lrsa.results.record import Record
 from lrsa.results.retention import build_retention
-from lrsa.results.tables import ResultTable, build_table
+from lrsa.results.tables import EACH, SHARED, ResultTable, build_table
 from lrsa.results.where import Where
 
 
@@ -37,6 +37,7 @@ def make_table(conf: TableConf, records: Sequence[Record], rebuild: str = "lrsa-
         "seeds": expected_seeds(conf.seeds),
         "where": Where.parse(conf.where),
         "pivot": Pivot(tuple(conf.rows), tuple(conf.columns)),
+        "draws": conf.draws or (EACH if conf.store is None else SHARED),
     }
     if conf.retention is not None:
         return build_retention(records, of=conf.retention, **wanted)

@@ -10,7 +10,7 @@ from lrsa.results.notes import Seeds, notes_of
 from lrsa.results.pivot import COLUMNS, Pivot
 from lrsa.results.record import Record, RecordError
 from lrsa.results.statistics import RESAMPLES
-from lrsa.results.tables import METRICS, Cell, Column, Metric, ResultTable, Row, columns_of, select
+from lrsa.results.tables import EACH, METRICS, Cell, Column, Metric, ResultTable, Row, columns_of, select
 from lrsa.results.where import Where
 
 RETENTION_OF = {"own": "the same model's full score", "reference": "the reference's full score"}
@@ -33,6 +33,7 @@ def build_retention(
     seeds: Seeds = (),
     where: Where = EVERYWHERE,
     pivot: Pivot = BY_ARM,
+    draws: str = EACH,
 ) -> ResultTable:
     """(score - floor) / (full - floor), each with its own floor, the same model without the context.
 
@@ -46,7 +47,7 @@ def build_retention(
         raise ValueError(f"unknown retention '{of}'; choose from {', '.join(RETENTION_OF)}")
     if pivot.columns != COLUMNS:
         raise ValueError(f"retention is of compressions: columns={list(pivot.columns)} has to be {list(COLUMNS)}")
-    chosen = select(records, metric, arms, tasks, (), reference, n_resamples, seed, where, pivot)
+    chosen = select(records, metric, arms, tasks, (), reference, n_resamples, seed, where, pivot, draws)
     joined, scored = chosen.joined, METRICS[metric]
     labels = {column.label for column in columns_of(joined)}
     for label, fix in (("floor", "evaluation.floor=true"), ("full", "1 among evaluation.compressions")):

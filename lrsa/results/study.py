@@ -74,6 +74,8 @@ def _table(folder: Path, stem: str, common: Any, own: Any, given: Mapping[str, A
         conf.seeds = None
     conf = OmegaConf.merge(conf, dict(given))
     conf.experiment = folder.name
+    conf.draws = conf.draws or "each"  # with a store too: the same bytes
+    conf.store = f"{conf.store}/{folder.name}" if conf.store else None
     conf.stem = given.get("stem") or stem
     if set(given) <= set(_WHERE_TO):
         conf.output = conf.output or str(folder)

@@ -12,12 +12,14 @@ from lrsa.results.join import BY_ARM, EVERYWHERE, FULL, Joined, collect_cells
 from lrsa.results.keys import check_keys
 from lrsa.results.notes import Seeds, notes_of
 from lrsa.results.pivot import Pivot
+from lrsa.results.pool import Pool
 from lrsa.results.record import Record, RecordError
 from lrsa.results.setting import Setting
 from lrsa.results.statistics import RESAMPLES, Interval
 from lrsa.results.where import Where
 
 MISSING, UNCLEAR = "missing", "unclear"
+DRAWS = EACH, SHARED = "each", "shared"  # of the bootstrap: an interval's own, or one for the whole table
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,7 @@ def build_table(
     seeds: Seeds = (),
     where: Where = EVERYWHERE,
     pivot: Pivot = BY_ARM,
+    draws: str = EACH,
 ) -> ResultTable:
     """Join `records` into a table: seeds of an arm together, arms paired by example.
 
@@ -159,12 +162,14 @@ def build_table(
     `full` is each arm's own full cache.
     `names` are display names. `seeds`, of all arms or of each: those that the table is to hold; a note and a warning
     name the ones that no record gives. `where` chooses cells; `pivot` makes rows and columns of other keys than arm and
-    compression, and `arms` and `reference` then mean rows as they are called there.
+    compression, and `arms` and `reference` then mean rows as they are called there. `draws`: `each` interval by its
+    own, or one `shared` by all, for tables of hundreds of cells (`lrsa.results.pool`).
+
     Raises ValueError for an unknown metric or reference and for arms scored on different
     examples; RecordError where outcomes contradict the record's cells, two different experiments claim one cell, or
     nothing is left.
     """
-    chosen = select(records, metric, arms, tasks, compressions, reference, n_resamples, seed, where, pivot)
+    chosen = select(records, metric, arms, tasks, compressions, reference, n_resamples, seed, where, pivot, draws)
     joined, arms, tasks, references = chosen.joined, chosen.arms, chosen.tasks, chosen.references
     columns = columns_of(joined)
     rows, differences = [], []
@@ -216,12 +221,17 @@ def select(
     seed: int,
     where: Where = EVERYWHERE,
     pivot: Pivot = BY_ARM,
+    draws: str = EACH,
 ) -> Selection:
     """The cells that `build_table` is asked for, with its arguments and its errors."""
     if metric not in METRICS:
         raise ValueError(f"unknown metric '{metric}'; choose from {', '.join(METRICS)}")
     check_keys((*pivot.rows, *pivot.columns, *where.keys), records)
-    joined = Joined(collect_cells(records, metric, arms, tasks, compressions, where, pivot), n_resamples, seed)
+    if draws not in DRAWS:
+        raise ValueError(f"unknown draws '{draws}'; choose from {', '.join(DRAWS)}")
+    cells = collect_cells(records, metric, arms, tasks, compressions, where, pivot)
+    pool = Pool(n_resamples, seed, (run for cell in cells.values() for run in cell.runs)) if draws == SHARED else None
+    joined = Joined(cells, n_resamples, seed, pool)
     orders = {arm: cell.order for (arm, _, _), cell in joined.cells.items()}
     arms = list(arms) or sorted(orders, key=orders.__getitem__)
     tasks = list(tasks) or list(dict.fromkeys(task for _, task, _ in joined.cells))
