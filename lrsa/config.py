@@ -49,6 +49,7 @@ class ModelConf:
     gguf_file: str | None = None  # weights inside the folder `name`, dequantised to `dtype`
     revision: str | None = None
     config: dict[str, Any] | None = None  # fresh random weights: transformers config fields, `model_type` among them
+    shape: str | None = None  # a model option whose `config` is of this shape, for lrsa-cost where no hub answers
     tokenizer: str | None = None  # default: `name`
     dtype: str = "float32"  # of the weights; training on GPU autocasts to bfloat16 (trainer.precision)
     rope_scaling: dict[str, Any] | None = None  # e.g. {rope_type: yarn, factor: 4.0}

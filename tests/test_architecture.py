@@ -22,7 +22,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "benchmark": {"config", "data", "attention", "cache", "models", "training", "evaluation", "results"},
 }
 SUPPORT = ("validation", "tracking", "report")  # what entries share: imports any part
-ENTRIES = ("train", "evaluate", "table", "bench")  # import any part and what they share, but not one another
+ENTRIES = ("train", "evaluate", "table", "bench", "cost")  # import any part and what they share, but not one another
 STANDALONE = ("bundle",)  # packaging: imports no part
 # Single modules that a part may use although it may not import the part they belong to.
 EXCEPTIONS = {"evaluation": {"lrsa.results.statistics"}}
