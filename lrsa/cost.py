@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -19,7 +18,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from lrsa.benchmark.cost import H100_FLOPS, Cost, Utilisation, measured_utilisations, predict, records_of
+from lrsa.benchmark.cost import H100_FLOPS, Cost, Utilisation, measured_utilisations, most_alike, predict
 from lrsa.config import TrainConf, config_dir, register_configs
 from lrsa.results.record import Record
 from lrsa.results.study import FOLDER
@@ -43,9 +42,9 @@ def report(conf: TrainConf, cost: Cost, utilisations: Sequence[Utilisation]) -> 
     for part, amount in cost.memory.items():
         memory.add_row(part, f"{amount / 2**30:.1f}")
     memory.add_row("together", f"{sum(cost.memory.values()) / 2**30:.1f}", style="bold")
-    times = Table("utilisation", "measured as", f"hours on {cost.devices} H100", box=box.SIMPLE_HEAD)
-    for one in [*utilisations, Utilisation(ASSUMED, "assumed, not measured")]:
-        times.add_row(f"{one.share:.1%}", Text(one.what), f"{cost.hours(one.share):.2f}")
+    times = Table("utilisation", "that of", f"hours on {cost.devices} H100", box=box.SIMPLE_HEAD)
+    for share, what in [*((one.share, one.what) for one in utilisations), (ASSUMED, "assumed, not measured")]:
+        times.add_row(f"{share:.1%}", Text(what), f"{cost.hours(share):.2f}")
     trained = f"{shape.adapters:,} train (LoRA)" if shape.adapters else "all train"
     return Group(
         Text(f"{conf.model.name}: {shape.parameters:,} parameters, {trained}", style="bold"),
@@ -66,11 +65,12 @@ def main() -> None:
     try:
         conf = read(sys.argv[1:])
         cost = predict(conf)
-        found = [one for path in records_of(Path(FOLDER)) for one in measured_utilisations(Record.load(path))]
+        files = sorted(FOLDER.glob("*/records/*/record.json"))
+        found = [one for file in files for one in measured_utilisations(Record.load(file))]
     except (ValueError, HydraException) as error:
         errors.print(Text(f"error: {error}", style="red"))
         raise SystemExit(1) from error
-    console.print(report(conf, cost, found))
+    console.print(report(conf, cost, most_alike(found, cost)))
 
 
 if __name__ == "__main__":

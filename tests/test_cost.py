@@ -1,6 +1,5 @@
 """The predicted cost: counted against known sizes and against counting by hand, and shown by the command."""
 
-import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,8 +12,8 @@ from lrsa.benchmark.cost import (
     H100_FLOPS,
     forward_flops,
     measured_utilisations,
+    most_alike,
     predict,
-    records_of,
     shape_of,
     training_flops,
 )
@@ -92,19 +91,24 @@ def test_a_shape_that_cannot_be_had_says_what_to_do(monkeypatch: pytest.MonkeyPa
         shape_of(replace(conf, shape="absent"))
 
 
-def test_utilisation_is_that_of_the_records(tmp_path: Path) -> None:
-    paths = records_of(ROOT / "experiments")
-    assert len(paths) == 2 and records_of(tmp_path) == []
-    step, generation = (measured_utilisations(Record.load(path)) for path in paths)
-    row = json.loads(paths[0].read_text())["metrics"]["rows"][0]
+def test_utilisation_is_that_of_the_records() -> None:
+    record = Record.load(ROOT / "experiments/benchmark/records/h100-step-4k")
+    step = measured_utilisations(record)
+    row = record.metrics["rows"][0]
     shape = shape_of(read(["model=smollm2_random"]).model)
     flops = 8 * training_flops(shape, 4096, None, False)
     assert step[0].share == pytest.approx(flops / (row["step"]["dense"]["median"] / 1e3) / H100_FLOPS)
     assert 0.05 < step[1].share < step[0].share < 0.3, "a small model, and sparse attention does less arithmetic"
-    assert generation and all(0.3 < one.share < 0.8 and one.what.startswith("forward") for one in generation)
-    record = Record.load(paths[0])
-    record.hardware["device"] = "cpu"
-    assert measured_utilisations(record) == []
+    assert [(one.step, one.sparse, one.tokens) for one in step] == [(True, False, 4096), (True, True, 4096)]
+    forward = measured_utilisations(Record.load(ROOT / "experiments/generation/records/h100-llama8b-32k"))
+    assert {one.sparse for one in forward} == {False, True} and not any(one.step for one in forward)
+    assert all(0.3 < one.share < 0.8 and one.parameters == 8_030_261_248 for one in forward)
+    for field, value in (("hardware", {"device": "cpu"}), ("command", "lrsa-train")):
+        other = replace(record, **{field: value})
+        assert measured_utilisations(other) == []
+    cost = predict(read([*TINY, "model=llama3_1_8b", "recipe=lrsa"]))
+    assert most_alike([*step, *forward], cost) == [step[1], next(one for one in forward if one.sparse)]
+    assert most_alike(step, replace(cost, sparse=False)) == [step[0]] and most_alike([], cost) == []
 
 
 @pytest.mark.parametrize("experiment", ["qwen2_5_7b", "llama3_1_8b"])

@@ -9,9 +9,9 @@ selection are not counted: what they take is in the utilisation, which is that o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,6 +53,8 @@ class Cost:
     devices: int
     memory: Mapping[str, float]
     shape: Shape
+    length: int
+    sparse: bool
 
     def hours(self, utilisation: float, peak: float = H100_FLOPS) -> float:
         """On `devices` GPUs of `peak` operations a second."""
@@ -137,7 +139,8 @@ def predict(conf: TrainConf) -> Cost:
     checkpointing = conf.model.gradient_checkpointing
     flops = [training_flops(shape, conf.data.length, one, checkpointing) for one in drawn]
     memory = _memory(shape, conf, micro, devices if conf.trainer.strategy == "fsdp" else 1)
-    return Cost(samples * sum(flops) / len(flops), samples * conf.data.length, devices, memory, shape)
+    mean, length = sum(flops) / len(flops), conf.data.length
+    return Cost(samples * mean, samples * length, devices, memory, shape, length, attention is not None)
 
 
 def _memory(shape: Shape, conf: TrainConf, micro: int, shards: int) -> dict[str, float]:
@@ -165,32 +168,57 @@ def _memory(shape: Shape, conf: TrainConf, micro: int, shards: int) -> dict[str,
 
 @dataclass(frozen=True)
 class Utilisation:
-    """Share of the peak that a measured run reached, by the same count as `predict`'s."""
+    """Share of the peak that a measured run reached, by the same count as `predict`'s: of a whole training step or of a
+    forward pass, dense or sparse, of a model of so many `parameters` at so many `tokens`.
+    """
 
     share: float
+    step: bool
+    sparse: bool
+    parameters: int
+    tokens: int
     what: str
 
 
 def measured_utilisations(record: Record, peak: float = H100_FLOPS) -> list[Utilisation]:
-    """Of an H100 record of `lrsa-bench mode=step` (whole steps) or `mode=generate` (prefill: forward passes)."""
-    mode, config = record.config["mode"], record.config
+    """Of an H100 record of `lrsa-bench mode=step` (whole steps) or `mode=generate` (prefill: forward passes); none of
+    others.
+    """
+    config = record.config
+    mode = config.get("mode") if record.command == "lrsa-bench" else None
     if "H100" not in str(record.hardware.get("device")) or mode not in ("step", "generate"):
         return []
     shape, found = shape_of(_model_conf(config["model"])), []
     for row in record.metrics["rows"]:
-        where = f"{config['model']['name']}, {row['length']:,} tokens, {record.folder}"
-        if mode == "step":
-            for kind in ("dense", "sparse"):
-                attention = _attention(config, row) if kind == "sparse" else None
+        for kind in ("dense", "sparse") if mode == "step" else (str(row["engine"]).split()[0],):
+            if (mode == "generate" and "prefill" not in row) or kind not in ("dense", "sparse", "lrsa"):
+                continue
+            attention = None if kind == "dense" else _attention(config, row)
+            if mode == "step":
                 flops = config["batch_size"] * training_flops(shape, row["length"], attention, False)
-                taken = row["step"][kind]["median"] / 1e3
-                found.append(Utilisation(flops / taken / peak, f"training step, {kind}, {where}"))
-        elif "prefill" in row and row["engine"].split()[0] in ("dense", "lrsa"):
-            attention = _attention(config, row) if row["engine"] != "dense" else None
-            flops = sum(forward_flops(shape, row["length"], attention))
-            taken = row["prefill"]["ms"]["median"] / 1e3
-            found.append(Utilisation(flops / taken / peak, f"forward, {row['engine']}, {where}"))
+                times, what = row["step"][kind], "training step"
+            else:
+                flops = sum(forward_flops(shape, row["length"], attention))
+                times, what = row["prefill"]["ms"], "forward pass"
+            share = flops / (times["median"] / 1e3) / peak
+            what = f"{what} of {config['model']['name']}, {kind}, {row['length']:,} tokens ({record.folder.name})"
+            sparse = attention is not None
+            found.append(Utilisation(share, mode == "step", sparse, shape.parameters, row["length"], what))
     return found
+
+
+def most_alike(found: Sequence[Utilisation], cost: Cost) -> list[Utilisation]:
+    """Of steps and of forward passes the one most like the run: dense or sparse as it is, then nearest in size."""
+    chosen = []
+    for step in (True, False):
+        fitting = [one for one in found if one.step == step and one.sparse == cost.sparse]
+        if fitting:
+            chosen.append(min(fitting, key=lambda one: _distance(one, cost)))
+    return chosen
+
+
+def _distance(one: Utilisation, cost: Cost) -> tuple[float, float]:
+    return abs(math.log(one.parameters / cost.shape.parameters)), abs(math.log(one.tokens / cost.length))
 
 
 def _model_conf(values: Mapping[str, Any]) -> ModelConf:
@@ -200,9 +228,3 @@ def _model_conf(values: Mapping[str, Any]) -> ModelConf:
 def _attention(config: Mapping[str, Any], row: Mapping[str, Any]) -> SparseAttentionConfig:
     sink = config["sink_size"]
     return SparseAttentionConfig(sink_size=sink, lag_size=row["lag"], keep_ratio=1 / row["compression"])
-
-
-def records_of(folder: Path) -> list[Path]:
-    """Records with a measured utilisation that a checkout holds: a whole step, and forward passes of an 8B shape."""
-    wanted = ("benchmark/records/h100-step-4k", "generation/records/h100-llama8b-32k")
-    return [path for name in wanted if (path := folder / name / "record.json").is_file()]
