@@ -12,7 +12,7 @@ PIP_INSTALL = $(BIN)/python -m pip install -qq --disable-pip-version-check $(PIP
 # -- make demo: one Hydra multirun, then the table and the figure of what it measured
 DEMO_RUNS := multirun/demo/$(shell date +%Y-%m-%d_%H-%M-%S)
 DEMO_TRAIN = lrsa-train -m experiment=demo hydra.sweep.dir=$(DEMO_RUNS)
-DEMO_TABLE = lrsa-table study=demo records=[$(DEMO_RUNS)] output=$(DEMO_RUNS)
+DEMO_TABLE = lrsa-table experiment=demo records=[$(DEMO_RUNS)] output=$(DEMO_RUNS)
 
 # -- make test
 PYTEST = $(BIN)/python -m pytest -n 2
@@ -43,7 +43,8 @@ DATA ?=
 EXTRAS ?=
 SPLIT_MB ?=
 
-.PHONY: help venv demo test test-slow test-matrix test-peers bench-generation check format notebooks model bundle clean
+.PHONY: help venv demo test test-slow test-matrix test-peers bench-generation bench-cost tables check format notebooks model \
+  bundle clean
 
 help:
 	@echo 'make demo        post-train a small model with and without LRSA, print the table (CPU, no network needed once installed)'
@@ -52,6 +53,8 @@ help:
 	@echo 'make test-matrix the tests of what touches transformers, on the oldest that is supported, in a second environment'
 	@echo 'make test-peers  our rules against kvpress, in an environment of its own'
 	@echo 'make bench-generation  speed of generation on a GPU: dense, LRSA, kvpress'
+	@echo 'make bench-cost  time and memory of a training step with each rule on a GPU, against dense'
+	@echo 'make tables      every table and figure of experiments/ again, from the records'
 	@echo 'make check       ruff, mypy, import order'
 	@echo 'make format      let ruff rewrite the sources'
 	@echo 'make notebooks   run the notebooks (CPU, no network); to open them: pip install -e ".[notebooks]", jupyter lab notebooks'
@@ -121,6 +124,14 @@ bench-generation: $(STAMP) $(PEERS_VENV)/.installed
 	$(PEERS_VENV)/bin/$(BENCH) $(PEERS) $(LLAMA_8B) 'lengths=[32768]' 'compressions=[2,4,8]' rounds=1 hydra.run.dir=$(BENCH_RUNS)/kvpress-llama8b-32k
 	$(PEERS_VENV)/bin/$(BENCH) $(PEERS) $(LLAMA_8B) 'lengths=[131072]' 'compressions=[4]' rounds=1 hydra.run.dir=$(BENCH_RUNS)/kvpress-llama8b-128k
 	$(BIN)/lrsa-bench 'records=[$(BENCH_RUNS)]' table=$(BENCH_RUNS)/table.md
+
+# What training with each rule costs, against dense; for its table: experiments/benchmark.
+bench-cost: $(STAMP)
+	$(BIN)/lrsa-bench mode=step model=smollm2_random device=cuda dtype=bfloat16 'lengths=[4096]' 'lags=[128]' 'compressions=[4]' \
+	  'backends=[flex]' 'scorers=[lag_relative,snapkv,h2o,tova]' batch_size=8 rounds=15
+
+tables: $(STAMP)
+	$(BIN)/lrsa-table experiment=all
 
 # All four run, whatever the first one says.
 check: $(STAMP)

@@ -14,7 +14,7 @@ from rich.progress import track
 
 from lrsa.benchmark import generate, kernels, step
 from lrsa.benchmark.cases import cases
-from lrsa.benchmark.report import Report, report
+from lrsa.benchmark.report import of_records, report, write_reports
 from lrsa.config import BenchConf, config_dir, register_configs
 from lrsa.results import Record
 from lrsa.results.store import load_records
@@ -28,17 +28,15 @@ MODES = {"kernels": kernels.run, "step": step.run, "generate": generate.run}
 def main(config: DictConfig) -> None:
     conf = cast(BenchConf, OmegaConf.to_object(config))
     if conf.records:
-        reports = [_of_record(record) for record in load_records(*conf.records) if record.command == "lrsa-bench"]
+        reports = of_records(load_records(*conf.records))
     else:
-        reports = [_of_record(run(conf))]
+        reports = of_records([run(conf)])
     for item in reports:
         Console(width=None if sys.stdout.isatty() else 180).print(item.to_console())
     if conf.table is not None:
         target = Path(conf.table)
-        target.parent.mkdir(parents=True, exist_ok=True)
         rebuild = f"lrsa-bench 'records=[{','.join(conf.records)}]' table={conf.table}"
-        header = f"<!-- Generated, do not edit. Rebuild: {rebuild} -->\n\n"
-        target.write_text(header + "\n".join(item.to_markdown() for item in reports))
+        write_reports(reports, target, rebuild)
         Console().print(f"wrote {target}", highlight=False)
 
 
@@ -76,13 +74,6 @@ def run(conf: BenchConf) -> Record:
     log_benchmark(record, conf.logger)
     Console().print(f"record: {record.path}", highlight=False)
     return record
-
-
-def _of_record(record: Record) -> Report:
-    hardware, metrics = record.hardware, record.metrics
-    on_gpu = metrics.get("device", record.config["device"]) == "cuda"
-    device = hardware["device"] if on_gpu else f"{hardware['cpu'] or 'CPU'}, {metrics['threads']} threads"
-    return report(record.config["mode"], record.config, metrics["rows"], device)
 
 
 if __name__ == "__main__":

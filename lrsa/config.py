@@ -49,6 +49,7 @@ class ModelConf:
     gguf_file: str | None = None  # weights inside the folder `name`, dequantised to `dtype`
     revision: str | None = None
     config: dict[str, Any] | None = None  # fresh random weights: transformers config fields, `model_type` among them
+    shape: str | None = None  # a model option whose `config` is of this shape, for lrsa-cost where no hub answers
     tokenizer: str | None = None  # default: `name`
     dtype: str = "float32"  # of the weights; training on GPU autocasts to bfloat16 (trainer.precision)
     rope_scaling: dict[str, Any] | None = None  # e.g. {rope_type: yarn, factor: 4.0}
@@ -231,26 +232,34 @@ class EvalConf:
 
 @dataclass
 class TableConf:
-    """`lrsa-table`: records -> table and figures."""
+    """`lrsa-table`, and `experiments/<study>/table.yaml`: records -> tables and figures."""
 
-    study: str | None = None  # only its records; also where `records` and `output` default to
-    records: list[str] = field(default_factory=list)  # folders to search; []: experiments/<study>/records
-    output: str | None = None  # folder; default: experiments/<study>, without a study `tables`
+    experiment: str | None = None  # a study with a table.yaml, or all; what is given beside it wins
+    records: list[str] = field(default_factory=list)  # folders to search; []: the experiment's own
+    study: str | None = None  # only records of this study
+    where: str | None = None  # only such cells: attention.lag_size == 128 and seed < 3
+    output: str | None = None  # folder; default: tables, of an experiment as its table.yaml says its own folder
+    stem: str = "table"  # name of the files
     title: str = "Post-training x inference compression"
-    arms: list[str] = field(default_factory=list)  # rows in this order; []: all, by name
-    reference: Any = None  # arm that differences are to, {arm: its own}, or full: its full cache; default: the first
+    rows: list[str] = field(default_factory=lambda: ["arm"])  # keys of record, config or cell whose values make a row
+    columns: list[str] = field(default_factory=lambda: ["compression"])  # likewise a column
+    arms: list[str] = field(default_factory=list)  # rows in this order, as they are called; []: all, by name
+    seeds: Any = None  # that the arms are to have, [0, 1, 2] or {arm: [0]}: one that no record gives is named
+    reference: Any = None  # row that differences are to, {arm: its own}, or full: its full cache; default: the first
     tasks: list[str] = field(default_factory=list)
-    compressions: list[float] = field(default_factory=list)  # columns, 1 for the full cache; []: all, and the floor
+    compressions: list[float] = field(default_factory=list)  # 1 for the full cache; []: all, and the floor
     names: Any = None  # {arm or task: as displayed}; Any, for Hydra refuses new keys of a typed mapping without a `+`
     metric: str = "exact"  # or nll; exact_match, f1, rouge_l, string_match of generated answers
     retention: str | None = None  # own, reference: of the metric, the share of whose full score; null: the score itself
+    benchmark: bool = False  # the tables of lrsa-bench's records instead: speed and memory
     formats: list[str] = field(default_factory=lambda: ["markdown", "latex", "csv"])
     figure: bool = True
     figures: Any = (
         None  # names of lrsa.results.figures.FIGURES, or {name: its options}; None: all that the records have
     )
     bootstrap: int = 10_000
-    rebuild: str | None = None  # the command that generated files name; default: this one
+    draws: str | None = None  # each: own ones for an interval; shared: for the whole table; null: shared with a store
+    store: str | None = None  # folder of Parquet files that gather the records and answer for those that did not change
 
 
 @dataclass

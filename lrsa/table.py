@@ -1,93 +1,141 @@
-"""`lrsa-table`: records of finished runs -> the train x inference table (Markdown, LaTeX, CSV) and figures."""
+"""`lrsa-table`: records of finished runs -> tables (Markdown, LaTeX, CSV) and figures, by study or as asked for."""
 
 from __future__ import annotations
 
 import os
 import shlex
-import sys
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.text import Text
 
+from lrsa.benchmark.report import of_records, write_reports
 from lrsa.config import TableConf, config_dir, register_configs
-from lrsa.results.figures import make_figures, save_figure
-from lrsa.results.formats import to_console, write_table
+from lrsa.results.formats import to_console
+from lrsa.results.produce import make_table, write_all
 from lrsa.results.record import Record
-from lrsa.results.retention import build_retention
-from lrsa.results.store import load_records
-from lrsa.results.tables import ResultTable, build_table
+from lrsa.results.store import choose, load_records
+from lrsa.results.study import find_studies, read_study, rebuilt_by
+from lrsa.results.tables import ResultTable
 
 register_configs()
 
 
-def build(conf: TableConf, command: str = "lrsa-table") -> tuple[ResultTable, list[Path]]:
-    """Read the records, write what `conf` asks for; returns the table and the paths written.
+class Made(NamedTuple):
+    """What one table became: for the terminal, the files written, and, unless it is a benchmark's, the table."""
 
-    Raises RecordError and ValueError as `load_records`, `build_table` and `write_table` do.
+    shown: RenderableType
+    written: list[Path]
+    table: ResultTable | None = None
+    said: str = ""  # of the store
+
+
+def build(conf: TableConf, rebuild: str = "lrsa-table") -> Made:
+    """Read the records of one table, write what `conf` asks for.
+
+    Raises RecordError and ValueError as `load_records`, `make_table` and `write_all` do.
     """
-    if not conf.records and conf.study is None:
-        raise ValueError("name the records to read: records=[FOLDER,...], or study=NAME for experiments/NAME/records")
-    if not isinstance(conf.names or {}, dict):
-        raise ValueError(f"names={conf.names!r} is not a mapping; write names={{dense: Dense, lrsa: LRSA}}")
-    if not isinstance(conf.reference, str | dict | None):
-        raise ValueError(f"reference={conf.reference!r}: name an arm, or write {{arm: its reference, ...}}")
-    folders = conf.records or [f"experiments/{conf.study}/records"]
-    output = Path(conf.output or (f"experiments/{conf.study}" if conf.study else "tables"))
-    records = load_records(*folders, study=conf.study)
-    wanted: dict[str, Any] = {
-        "title": conf.title,
-        "arms": conf.arms,
-        "tasks": conf.tasks,
-        "compressions": conf.compressions,
-        "reference": conf.reference,
-        "names": {key: str(name) for key, name in (conf.names or {}).items()},
-        "metric": conf.metric,
-        "n_resamples": conf.bootstrap,
-        "rebuild": conf.rebuild or command,
-    }
-    if conf.retention is not None:
-        table = build_retention(records, of=conf.retention, **wanted)
-        return table, write_table(table, output, conf.formats, stem=f"retention_{conf.retention}")
-    table = build_table(records, **wanted)
-    written = write_table(table, output, conf.formats)
-    if conf.figure:
-        written += _write_figures(table, records, output, conf.figures)
-    return table, written
+    if not conf.records:
+        raise ValueError(
+            "name the records to read: records=[FOLDER,...]; or experiment=STUDY, one of experiments/*/table.yaml"
+        )
+    folder = Path(conf.output or "tables")
+    said = ""
+    if conf.store is None:
+        records = load_records(*conf.records, study=conf.study)
+    else:
+        from lrsa.results.gathered import gather  # pyarrow takes its time to import
+
+        every, read = gather(conf.records, conf.store)
+        records = choose(every, conf.records, study=conf.study)
+        said = f"store {conf.store}: {len(every)} records, {read} of them read anew"
+    if conf.benchmark:
+        return _benchmarks(conf, records, folder, rebuild)
+    table = make_table(conf, records, rebuild)
+    return Made(to_console(table), write_all(conf, table, records, folder), table, said)
 
 
-def _write_figures(table: ResultTable, records: list[Record], output: Path, wanted: Any) -> list[Path]:
-    made = make_figures(records, table, wanted)
-    return [path for name, figure in made.items() for path in save_figure(figure, output, name)]
+def _benchmarks(conf: TableConf, records: Sequence[Record], folder: Path, rebuild: str) -> Made:
+    reports = of_records(records)
+    if not reports:
+        raise ValueError(f"benchmark=true, but no record in {', '.join(conf.records)} is of lrsa-bench")
+    path = folder / f"{conf.stem}.md"
+    write_reports(reports, path, rebuild)
+    return Made(Text(f"{len(reports)} benchmarks: {', '.join(report.title for report in reports)}"), [path])
 
 
-def _command() -> str:
-    """This command as anybody else would type it: paths relative to the folder it was started in."""
-    return shlex.join(["lrsa-table", *(argument.replace(f"{os.getcwd()}/", "") for argument in sys.argv[1:])])
+def plan(conf: TableConf, given: Mapping[str, Any], overrides: Mapping[str, str]) -> list[tuple[TableConf, str]]:
+    """The tables that a call asks for, each with the command that its files name. `given`, by key, and `overrides`, as
+    typed, are its command line.
+
+    Raises ValueError for a study that is not there, and for a table.yaml that is not as `TableConf` says.
+    """
+    if conf.experiment is None:
+        return [(conf, shlex.join(["lrsa-table", *overrides.values()]))]
+    return [
+        (table, shlex.join(rebuilt_by(folder.name, overrides)))
+        for folder in find_studies(conf.experiment)
+        for table in read_study(folder, given).values()
+    ]
 
 
-@hydra.main(config_path=str(config_dir()), config_name="table", version_base=None)
+def _command_line(config: DictConfig) -> tuple[dict[str, Any], dict[str, str]]:
+    """What this call sets, by key: the values, and as anybody else would type it, paths relative to where it runs."""
+    typed = HydraConfig.get().overrides.task
+    keys = [override.key_or_group for override in OverridesParser.create().parse_overrides(typed)]
+    given: DictConfig = OmegaConf.create({})
+    for key in keys:
+        OmegaConf.update(given, key, OmegaConf.select(config, key), force_add=True)
+    values = OmegaConf.to_container(given)
+    assert isinstance(values, dict)
+    here = f"{os.getcwd()}/"
+    return cast("dict[str, Any]", values), {key: text.replace(here, "") for key, text in zip(keys, typed, strict=True)}
+
+
+@hydra.main(config_path=str(config_dir() / "results"), config_name="table", version_base=None)
 def main(config: DictConfig) -> None:
     conf = cast(TableConf, OmegaConf.to_object(config))
     console, errors = Console(), Console(stderr=True)
+    failed = False
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)  # what was left out of a table must be seen
         try:
-            table, written = build(conf, _command())
-        except ValueError as error:  # RecordError among them: bad input, not a bug, so no traceback
+            for table, rebuild in plan(conf, *_command_line(config)):
+                made, problem = _tried(table, rebuild)
+                if made is not None:
+                    console.print(made.shown)
+                    console.print()
+                    if made.said:
+                        console.print(Text(made.said), soft_wrap=True)
+                    for path in made.written:
+                        console.print(Text(f"wrote {path}"), soft_wrap=True)
+                else:
+                    errors.print(Text(f"error: {problem}", style="red"))
+                    failed = True
+        except ValueError as error:
             errors.print(Text(f"error: {error}", style="red"))
-            raise SystemExit(1) from error
+            failed = True
         finally:
             for message in dict.fromkeys(str(item.message) for item in caught):
                 errors.print(Text(f"warning: {message}", style="yellow"))
-    console.print(to_console(table))
-    console.print()
-    for path in written:
-        console.print(Text(f"wrote {path}"), soft_wrap=True)
+    if failed:
+        raise SystemExit(1)
+
+
+def _tried(conf: TableConf, rebuild: str) -> tuple[Made | None, str]:
+    """One table's bad input does not keep the others from being built."""
+    try:
+        return build(conf, rebuild), ""
+    except ValueError as error:  # RecordError among them: bad input, not a bug, so no traceback
+        where = f"{conf.experiment}, {conf.stem}: " if conf.experiment else ""
+        return None, f"{where}{error}"
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import hydra
 import torch
 from lightning import seed_everything
 from omegaconf import DictConfig, OmegaConf
+from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lrsa.attention import from_conf
@@ -26,6 +27,7 @@ from lrsa.tracking import WandbRun, finish, journalled, plain, recorded, task_ov
 from lrsa.training import PostTraining, TrainingResult, find_checkpoint, fit, resolve_device, save_model
 from lrsa.training.lora import add_lora, merge_lora
 from lrsa.training.module import parameter_counts
+from lrsa.training.sharded import FSDP, gathered_state, is_first_process, leave
 from lrsa.validation import bad_input_without_traceback, check_context_window, check_train
 
 log = logging.getLogger(__name__)
@@ -66,6 +68,9 @@ def run_training(conf: TrainConf, overrides: Sequence[str] = ()) -> float | None
     check_train(conf)
     if conf.run.threads is not None:
         torch.set_num_threads(conf.run.threads)
+    if not is_first_process():
+        _train_beside(conf)
+        return None
     with recorded(conf, "lrsa-train", conf.run.arm or conf.recipe.name, overrides) as (record, logger):
         return _train_and_evaluate(conf, record, logger)
 
@@ -106,21 +111,45 @@ def _train(
     data = LRSADataModule(conf.data, tokenizer, conf.recipe, conf.run.seed)
     data.setup()
     record.update(data=data.describe())
-    model = build_model(conf.model, attention)
-    check_context_window(model.config, conf.data.length)
-    adapter = None if conf.model.lora is None else add_lora(model, conf.model.lora)
+    model, adapter = _built(conf)
     parameters = parameter_counts(model)
-
-    module = PostTraining(model, attention, conf.recipe, conf.run.seed, identity=_identity(conf))
-    resume = None if conf.resume is None else find_checkpoint(conf.resume)
-    trained = fit(module, data, conf.trainer, folder, logger=logger, resume=resume)
-    record.update(training={**_training_facts(trained), "parameters": parameters})
+    trained = _fitted(conf, model, data, logger)
+    record.update(training={**_training_facts(trained), "parameters": parameters, "devices": conf.trainer.devices})
+    if conf.trainer.strategy == FSDP:  # a whole model again, with the weights that the processes hold together
+        state = gathered_state(model)
+        leave()
+        model, adapter = _built(conf)
+        model.load_state_dict(state)
     if conf.trainer.save_model:
         model = save_model(model, tokenizer, folder / "model", attention, adapter)
         log.info("model: %s", folder / "model")
     elif adapter is not None:
         model = merge_lora(adapter)
     return model
+
+
+def _built(conf: TrainConf) -> tuple[PreTrainedModel, PeftModel | None]:
+    model = build_model(conf.model, from_conf(conf.attention))
+    check_context_window(model.config, conf.data.length)
+    return model, None if conf.model.lora is None else add_lora(model, conf.model.lora)
+
+
+def _fitted(
+    conf: TrainConf, model: PreTrainedModel, data: LRSADataModule, logger: WandbRun | None = None
+) -> TrainingResult:
+    module = PostTraining(model, from_conf(conf.attention), conf.recipe, conf.run.seed, identity=_identity(conf))
+    resume = None if conf.resume is None else find_checkpoint(conf.resume)
+    return fit(module, data, conf.trainer, Path(conf.run.output_dir), logger=logger, resume=resume)
+
+
+def _train_beside(conf: TrainConf) -> None:
+    """The part of a process that is not the first: it trains its share, and writes nothing."""
+    seed_everything(conf.run.seed, verbose=False)
+    data = LRSADataModule(conf.data, build_tokenizer(conf.model), conf.recipe, conf.run.seed)
+    model, _ = _built(conf)
+    _fitted(conf, model, data)
+    gathered_state(model)
+    leave()
 
 
 def _training_facts(trained: TrainingResult) -> dict[str, Any]:

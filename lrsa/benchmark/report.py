@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.table import Table
+
+from lrsa.results.record import Record, write_atomically
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,25 @@ class Report:
 def report(mode: str, config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], device: str) -> Report:
     """The table of ``rows`` as a benchmark of that mode recorded them; ``device`` as its record names it."""
     return REPORTS[mode](config, rows, device)
+
+
+def of_records(records: Sequence[Record]) -> list[Report]:
+    """The tables of those records that are of `lrsa-bench`, one each."""
+    return [_of_record(record) for record in records if record.command == "lrsa-bench"]
+
+
+def _of_record(record: Record) -> Report:
+    hardware, metrics = record.hardware, record.metrics
+    on_gpu = metrics.get("device", record.config["device"]) == "cuda"
+    device = hardware["device"] if on_gpu else f"{hardware['cpu'] or 'CPU'}, {metrics['threads']} threads"
+    return report(record.config["mode"], record.config, metrics["rows"], device)
+
+
+def write_reports(reports: Sequence[Report], path: Path, rebuild: str) -> None:
+    """All of them as one Markdown file, whose first line names the command that makes it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "\n".join(item.to_markdown() for item in reports)
+    write_atomically(path, f"<!-- Generated, do not edit. Rebuild: {rebuild} -->\n\n{text}".encode())
 
 
 def _kernels(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], device: str) -> Report:

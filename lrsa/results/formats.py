@@ -36,7 +36,7 @@ def to_markdown(table: ResultTable) -> str:
 
 
 def _markdown_rows(table: ResultTable, rows: Sequence[Row]) -> list[str]:
-    header = ["task", "post-trained with", "n", *(column.header for column in table.columns)]
+    header = ["task", table.rows_title, "n", *(column.header for column in table.columns)]
     lines = [_markdown_line(header), "| --- | --- |" + " ---: |" * (len(header) - 2)]
     for row in rows:
         head = [table.name(row.task), table.row_name(row), row.size or MIXED]
@@ -83,7 +83,14 @@ def to_latex(table: ResultTable) -> str:
         r"\small",
         rf"\begin{{tabular}}{{ll{'r' * (width + 1)}}}",
         r"\toprule",
-        _latex_line(["Task", "Post-trained with", "$n$", *(_latex_header(column.header) for column in table.columns)]),
+        _latex_line(
+            [
+                "Task",
+                _tex(_capital(table.rows_title)),
+                "$n$",
+                *(_latex_header(column.header) for column in table.columns),
+            ]
+        ),
         r"\midrule",
         *_latex_rows(table, table.rows),
     ]

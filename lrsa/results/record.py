@@ -15,15 +15,17 @@ import os
 import tempfile
 import time
 import traceback
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 from lrsa.results import environment, schema
+from lrsa.results.setting import Setting
 
 RECORD_FILE = "record.json"
 OUTCOMES_FILE = "outcomes.jsonl.gz"
@@ -41,6 +43,13 @@ NOT_IN_ID = (
     "resume",
     "dry_run",
 )
+
+
+class Examples(NamedTuple):
+    """Examples of one cell: ids, and their values by metric, NaN for null or for none."""
+
+    ids: list[str]
+    values: dict[str, list[float]]
 
 
 class RecordError(ValueError):
@@ -147,7 +156,12 @@ class Record:
             raise RecordError(f"{file}: {error.strerror or error}") from error
         except ValueError as error:  # JSON and Unicode errors are ValueErrors too
             raise RecordError(f"{file}: {error}") from error
-        return cls(folder=file.parent, **{name: value[name] for name in _stored_fields() if name in value})
+        return cls.from_dict(file.parent, value)
+
+    @classmethod
+    def from_dict(cls, folder: Path, value: Mapping[str, Any], **more: Any) -> Self:
+        """A record from what `to_dict` gave, in `folder`; `more`: fields of a subclass."""
+        return cls(folder=folder, **{name: value[name] for name in _stored_fields() if name in value}, **more)
 
     @property
     def path(self) -> Path:
@@ -229,6 +243,22 @@ class Record:
             except ValueError as error:
                 raise RecordError(f"{file}, line {number}: {error}") from error
         return rows
+
+    def examples(self, metrics: Sequence[str]) -> dict[tuple[str, Setting], Examples]:
+        """The outcomes' `metrics`, by task and setting. Raises RecordError for an example that is there twice."""
+        found: dict[tuple[str, Setting], Examples] = {}
+        for row in self.outcomes():
+            into = found.setdefault((row["task"], Setting.of(row)), Examples([], {name: [] for name in metrics}))
+            into.ids.append(row["id"])
+            for name in metrics:
+                value = row.get(name)
+                into.values[name].append(math.nan if value is None else float(value))
+        for (task, setting), examples in found.items():
+            if len(set(examples.ids)) < len(examples.ids):
+                twice = next(name for name, count in Counter(examples.ids).items() if count > 1)
+                what = f"example '{twice}' of {task} at {setting.label}"
+                raise RecordError(f"{self.folder / OUTCOMES_FILE}: {what} is there twice")
+        return found
 
     def __enter__(self) -> Record:
         return self

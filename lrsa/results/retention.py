@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from lrsa.results.join import Joined
+from lrsa.results.join import BY_ARM, EVERYWHERE, Joined
+from lrsa.results.notes import Seeds, notes_of
+from lrsa.results.pivot import COLUMNS, Pivot
 from lrsa.results.record import Record, RecordError
 from lrsa.results.statistics import RESAMPLES
-from lrsa.results.tables import METRICS, Cell, Column, Metric, ResultTable, Row, columns_of, notes_of, select
+from lrsa.results.tables import EACH, METRICS, Cell, Column, Metric, ResultTable, Row, columns_of, select
+from lrsa.results.where import Where
 
 RETENTION_OF = {"own": "the same model's full score", "reference": "the reference's full score"}
 
@@ -27,6 +30,10 @@ def build_retention(
     n_resamples: int = RESAMPLES,
     seed: int = 0,
     rebuild: str = "lrsa-table",
+    seeds: Seeds = (),
+    where: Where = EVERYWHERE,
+    pivot: Pivot = BY_ARM,
+    draws: str = EACH,
 ) -> ResultTable:
     """(score - floor) / (full - floor), each with its own floor, the same model without the context.
 
@@ -38,7 +45,9 @@ def build_retention(
     """
     if of not in RETENTION_OF:
         raise ValueError(f"unknown retention '{of}'; choose from {', '.join(RETENTION_OF)}")
-    chosen = select(records, metric, arms, tasks, (), reference, n_resamples, seed)
+    if pivot.columns != COLUMNS:
+        raise ValueError(f"retention is of compressions: columns={list(pivot.columns)} has to be {list(COLUMNS)}")
+    chosen = select(records, metric, arms, tasks, (), reference, n_resamples, seed, where, pivot, draws)
     joined, scored = chosen.joined, METRICS[metric]
     labels = {column.label for column in columns_of(joined)}
     for label, fix in (("floor", "evaluation.floor=true"), ("full", "1 among evaluation.compressions")):
@@ -74,8 +83,9 @@ def build_retention(
         reference=chosen.reference,
         names=dict(names or {}),
         rebuild=rebuild,
+        rows_title=pivot.title,
     )
-    return replace(table, notes=(*notes_of(table, joined), *_notes(table, joined, of, others, scored)))
+    return replace(table, notes=(*notes_of(table, joined, seeds), *_notes(table, joined, of, others, scored)))
 
 
 def _notes(table: ResultTable, joined: Joined, of: str, others: Mapping[str, str], metric: Metric) -> Iterable[str]:

@@ -24,21 +24,20 @@ table are not corrected for each other.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+
+from lrsa.results.resampling import Array, column_means, over_seeds, seed_weights
 
 CONFIDENCE = 0.95
 Z = 1.959963984540054  # 97.5% point of the standard normal
 FEW_EVENTS = 10
 RESAMPLES = 10_000
-_BLOCK = 4_000_000  # drawn indices held in memory at once
-_FEW_PATTERNS = 64  # distinct columns up to which drawing their counts beats drawing examples
 
 Runs = Mapping[str, float] | Sequence[Mapping[str, float]]  # example id -> value; one mapping a seed
-Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ def bootstrap_mean(values: Sequence[float] | Array, n_resamples: int = RESAMPLES
 
 def mean_over_seeds(runs: Runs, n_resamples: int = RESAMPLES, seed: int = 0) -> Interval:
     """Mean over seeds and examples. All seeds must hold the same example ids (ValueError, naming some)."""
-    matrices, _ = _aligned({"runs": runs})
+    matrices, _ = aligned({"runs": runs})
     return _mean(matrices[0], n_resamples, seed)
 
 
@@ -109,12 +108,15 @@ def paired_difference(
     """
     if names[0] == names[1]:
         raise ValueError(f"a difference is between two arms, got {names[0]!r} twice")
-    (left, right), n = _aligned({names[0]: a, names[1]: b})
-    rng = np.random.default_rng(seed)
-    stacked = np.concatenate([left, right])
-    draws = _column_means(stacked, n_resamples, rng)  # [R, Sa + Sb]
+    (left, right), _ = aligned({names[0]: a, names[1]: b})
+    draws, rng = column_means(np.concatenate([left, right]), n_resamples, seed)  # [R, Sa + Sb]
     split = left.shape[0]
-    sampled = _over_seeds(draws[:, :split], rng) - _over_seeds(draws[:, split:], rng)
+    return interval_of_difference(left, right, over_seeds(draws[:, :split], rng) - over_seeds(draws[:, split:], rng))
+
+
+def interval_of_difference(left: Array, right: Array, sampled: Array) -> Interval:
+    """That of mean(left) - mean(right), [seeds, n] each, the same examples; `sampled`: its resampled values."""
+    stacked, n = np.concatenate([left, right]), left.shape[1]
     each = left.mean(0) - right.mean(0)
     mean, seeds = float(each.mean()), max(left.shape[0], right.shape[0])
     low, high, method = *_percentiles(sampled), "bootstrap"
@@ -154,19 +156,28 @@ def retention(
     Raises ValueError when the example ids differ, or for runs of one model that are not as many.
     """
     names = {"score": score, "floor": floor, "full": full, "floor of full": floor if full_floor is None else full_floor}
-    (kept, base, top, ground), n = _aligned(names)
+    (kept, base, top, ground), _ = aligned(names)
     for pair in ((kept, base), (top, ground)):
         if pair[0].shape != pair[1].shape:
             raise ValueError(f"a score has {len(pair[0])} seeds and its floor {len(pair[1])}: give both of each run")
     sign = 1.0 if higher_is_better else -1.0
     whole = paired_difference(full, names["floor of full"], n_resamples, seed, ("full", "floor"))
-    rng = np.random.default_rng(seed)
-    stacked = np.concatenate([kept, base, top, ground])
-    draws = np.split(_column_means(stacked, n_resamples, rng), np.cumsum([len(kept), len(base), len(top)]), axis=1)
-    weights = _seed_weights(n_resamples, len(kept), rng)
-    others = weights if full_floor is None else _seed_weights(n_resamples, len(top), rng)
+    means, rng = column_means(np.concatenate([kept, base, top, ground]), n_resamples, seed)
+    draws = np.split(means, np.cumsum([len(kept), len(base), len(top)]), axis=1)
+    weights = seed_weights(n_resamples, len(kept), rng)
+    others = weights if full_floor is None else seed_weights(n_resamples, len(top), rng)
     gains = sign * ((draws[0] - draws[1]) * weights).sum(-1)
     wholes = sign * ((draws[2] - draws[3]) * others).sum(-1)
+    return share_retained(kept, base, top, ground, gains, wholes, whole, sign)
+
+
+def share_retained(
+    kept: Array, base: Array, top: Array, ground: Array, gains: Array, wholes: Array, whole: Interval, sign: float
+) -> Retention:
+    """mean(kept - base) / mean(top - ground), [seeds, n] each, whose resampled numerators and denominators are `gains`
+    and `wholes`; `whole`: the interval of the denominator. `sign` -1 where less is better.
+    """
+    stacked, n = np.concatenate([kept, base, top, ground]), kept.shape[1]
     gain, total = sign * float((kept - base).mean()), sign * float((top - ground).mean())
     with np.errstate(all="ignore"):  # a draw without a positive denominator bounds the ratio on neither side
         low = _percentiles(np.where(wholes > 0, gains / wholes, -np.inf))[0]
@@ -203,9 +214,14 @@ def _bonett_price(up: float, down: float, n: int) -> tuple[float, float]:
 
 def _mean(matrix: Array, n_resamples: int, seed: int) -> Interval:
     """Interval of the mean of `matrix` [seeds, n]."""
+    draws, rng = column_means(matrix, n_resamples, seed)
+    return interval_of_mean(matrix, over_seeds(draws, rng))
+
+
+def interval_of_mean(matrix: Array, sampled: Array) -> Interval:
+    """That of the mean of `matrix` [seeds, n], whose resampled values are `sampled`."""
     seeds, n = matrix.shape
-    rng = np.random.default_rng(seed)
-    low, high = _percentiles(_over_seeds(_column_means(matrix, n_resamples, rng), rng))
+    low, high = _percentiles(sampled)
     mean, method = float(matrix.mean()), "bootstrap"
     if _is_binary(matrix):
         successes = float(matrix.mean(0).sum())
@@ -224,35 +240,17 @@ def _widen(
     return min(closed[0], sampled[0]), max(closed[1], sampled[1]), name
 
 
-def _column_means(matrix: Array, n_resamples: int, rng: np.random.Generator) -> Array:
-    """Row means [R, rows] of `matrix` [rows, n] under resampled columns; one draw of columns serves all rows."""
-    n = matrix.shape[1]
-    patterns, counts = np.unique(matrix, axis=1, return_counts=True)
-    if patterns.shape[1] <= _FEW_PATTERNS:  # same distribution: how often each distinct column is drawn
-        return rng.multinomial(n, counts / n, size=n_resamples) @ patterns.T / n
-    block = max(1, _BLOCK // n)
-    sizes = [min(block, n_resamples - start) for start in range(0, n_resamples, block)]
-    return np.concatenate([matrix[:, rng.integers(0, n, size=(size, n))].mean(-1).T for size in sizes])
-
-
-def _over_seeds(draws: Array, rng: np.random.Generator) -> Array:
-    """Mean [R] over resampled seeds of `draws` [R, seeds]."""
-    n_resamples, seeds = draws.shape
-    return np.asarray((draws * _seed_weights(n_resamples, seeds, rng)).sum(-1))
-
-
-def _seed_weights(n_resamples: int, seeds: int, rng: np.random.Generator) -> Array:
-    """Weights [R, seeds] of resampled seeds, stretched; a row adds up to 1."""
-    if seeds == 1:
-        return np.ones((n_resamples, 1))
-    weights = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=n_resamples) / seeds
-    return np.asarray(1 / seeds + (weights - 1 / seeds) * np.sqrt(seeds / (seeds - 1)))
-
-
 def _percentiles(sampled: Array) -> tuple[float, float]:
-    tail = 50 * (1 - CONFIDENCE)
-    low, high = np.percentile(sampled, [tail, 100 - tail])
-    return float(low), float(high)
+    """Those that leave half of 1 - CONFIDENCE at each end: numpy's linear ones, without what it takes to get ready."""
+    places = [(len(sampled) - 1) * share for share in (0.5 * (1 - CONFIDENCE), 0.5 * (1 + CONFIDENCE))]
+    below = [math.floor(place) for place in places]
+    above = [min(index + 1, len(sampled) - 1) for index in below]
+    ranked = np.partition(sampled, [*below, *above])
+    low, high = (
+        float(ranked[i] + (ranked[j] - ranked[i]) * (place - i))
+        for i, j, place in zip(below, above, places, strict=True)
+    )
+    return low, high
 
 
 def _is_binary(matrix: Array) -> bool:
@@ -267,7 +265,7 @@ def _checked(matrix: Array, name: str) -> Array:
     return matrix
 
 
-def _aligned(arms: Mapping[str, Runs]) -> tuple[list[Array], int]:
+def aligned(arms: Mapping[str, Runs]) -> tuple[list[Array], int]:
     """One matrix [seeds, n] an arm, columns in the order of sorted example ids."""
     seeds = {name: [runs] if isinstance(runs, Mapping) else list(runs) for name, runs in arms.items()}
     for name, runs in seeds.items():

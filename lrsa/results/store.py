@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 
 from lrsa.results.record import RECORD_FILE, Record, RecordError
+from lrsa.results.setting import Setting
 
 _NEVER_IN = frozenset({"wandb", "checkpoints", "__pycache__"})  # large, and they hold no records
 
@@ -25,26 +26,34 @@ def load_records(*folders: str | Path, unfinished: bool = False, study: str | No
     Records that are not `finished` are left out with an `UnfinishedRecord` warning, or kept with `unfinished=True`.
     Raises RecordError for a folder that does not exist, for a damaged record, and when nothing is found.
     """
-    files = sorted({file.resolve(): file for folder in folders for file in _record_files(Path(folder))}.values())
-    kept = []
-    for record in map(Record.load, files):
+    files = sorted({file.resolve(): file for folder in folders for file in record_files(Path(folder))}.values())
+    return choose(map(Record.load, files), folders, unfinished, study)
+
+
+def choose(
+    records: Iterable[Record], folders: Sequence[str | Path], unfinished: bool = False, study: str | None = None
+) -> list[Record]:
+    """What `load_records` keeps of the `records` found in `folders`."""
+    kept, found = [], 0
+    for found, record in enumerate(records, 1):  # noqa: B007  # counted
         if study is not None and record.study != study:
             continue
         if record.status == "finished" or unfinished:
             kept.append(record)
         else:
-            warnings.warn(_why_left_out(record), UnfinishedRecord, stacklevel=2)
+            warnings.warn(_why_left_out(record), UnfinishedRecord, stacklevel=3)
     if not kept:
         where = ", ".join(str(folder) for folder in folders) or "no folder"
         of_study = f" of study '{study}'" if study else ""
         raise RecordError(
-            f"no finished records{of_study} in {where} ({len(files)} {RECORD_FILE} found there). "
+            f"no finished records{of_study} in {where} ({found} {RECORD_FILE} found there). "
             "Run lrsa-train or lrsa-eval first, or name the folder that holds their run folders"
         )
     return kept
 
 
-def _record_files(folder: Path) -> Iterable[Path]:
+def record_files(folder: Path) -> Iterable[Path]:
+    """Record files below a folder, or the file itself. Raises RecordError where there is neither."""
     if folder.is_file():
         return [folder]
     if not folder.is_dir():
@@ -65,37 +74,6 @@ def _why_left_out(record: Record) -> str:
     return f"{record.path} left out: unfinished, started {record.started} (still running, or killed)"
 
 
-class Setting(NamedTuple):
-    """What a cell was measured under: nominal compression (1: full cache, None: no context), and how much of the
-    context there was: `full`, `none`, or `gold`, its gold documents alone.
-    """
-
-    compression: float | None
-    context: str = "full"
-
-    @classmethod
-    def of(cls, row: Mapping[str, Any]) -> Setting:
-        """That of a cell or an outcome. Records from before the ceiling was measured say no `context`."""
-        compression = row["compression"]
-        return cls(compression, row.get("context") or ("none" if compression is None else "full"))
-
-    @property
-    def label(self) -> str:
-        """`floor` without the context, `gold` with its gold documents alone, else `full` or `4x`."""
-        if self.compression is None or self.context == "none":
-            return "floor"
-        if self.context != "full":
-            return self.context
-        return "full" if self.compression == 1 else f"{self.compression:g}x"
-
-    @property
-    def order(self) -> float:
-        """Sort key: the floor, the gold documents alone, then rising compression."""
-        if self.compression is None:
-            return 0.0
-        return float(self.compression) if self.context == "full" else 0.5
-
-
 # The columns that both frames begin with: what the run is, and which cell.
 _LEADING = ["record", "command", "study", "arm", "seed", "column", "task", "compression"]
 
@@ -105,7 +83,7 @@ def cells_frame(records: Sequence[Record]) -> pd.DataFrame:
     and the cell's fields.
     """
     rows: list[dict[str, Any]] = [
-        {**_identity(record), "column": Setting.of(cell).label, **cell, "context": Setting.of(cell).context}
+        {**identity(record), "column": Setting.of(cell).label, **cell, "context": Setting.of(cell).context}
         for record in records
         for cell in record.cells
     ]
@@ -128,7 +106,7 @@ def cells_frame(records: Sequence[Record]) -> pd.DataFrame:
 def outcomes_frame(records: Sequence[Record]) -> pd.DataFrame:
     """A row an example and cell: what the run is, `column`, and the outcome's own fields."""
     rows: list[dict[str, Any]] = [
-        {**_identity(record), "column": Setting.of(row).label, **row} for record in records for row in record.outcomes()
+        {**identity(record), "column": Setting.of(row).label, **row} for record in records for row in record.outcomes()
     ]
     columns = [
         *_LEADING,
@@ -143,7 +121,8 @@ def outcomes_frame(records: Sequence[Record]) -> pd.DataFrame:
     return frame
 
 
-def _identity(record: Record) -> dict[str, Any]:
+def identity(record: Record) -> dict[str, Any]:
+    """What a run is: the columns that its rows in a frame begin with."""
     return {
         "record": record.id,
         "command": record.command,

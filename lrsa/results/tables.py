@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pandas as pd
 
-from lrsa.results.join import FULL, Joined, TableWarning, collect_cells
+from lrsa.results.join import BY_ARM, EVERYWHERE, FULL, Joined, collect_cells
+from lrsa.results.keys import check_keys
+from lrsa.results.notes import Seeds, notes_of
+from lrsa.results.pivot import Pivot
+from lrsa.results.pool import Pool
 from lrsa.results.record import Record, RecordError
+from lrsa.results.setting import Setting
 from lrsa.results.statistics import RESAMPLES, Interval
-from lrsa.results.store import Setting
+from lrsa.results.where import Where
 
 MISSING, UNCLEAR = "missing", "unclear"
+DRAWS = EACH, SHARED = "each", "shared"  # of the bootstrap: an interval's own, or one for the whole table
 
 
 @dataclass(frozen=True)
@@ -115,6 +120,7 @@ class ResultTable:
     names: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     rebuild: str = "lrsa-table"
+    rows_title: str = "post-trained with"
 
     def name(self, key: str) -> str:
         return self.names.get(key, key)
@@ -142,6 +148,10 @@ def build_table(
     n_resamples: int = RESAMPLES,
     seed: int = 0,
     rebuild: str = "lrsa-table",
+    seeds: Seeds = (),
+    where: Where = EVERYWHERE,
+    pivot: Pivot = BY_ARM,
+    draws: str = EACH,
 ) -> ResultTable:
     """Join `records` into a table: seeds of an arm together, arms paired by example.
 
@@ -150,11 +160,16 @@ def build_table(
     too).
     `reference` (default: the first arm) is what the differences are to, or for each arm that is to have one, its own;
     `full` is each arm's own full cache.
-    `names` are display names. Raises ValueError for an unknown metric or reference and for arms scored on different
+    `names` are display names. `seeds`, of all arms or of each: those that the table is to hold; a note and a warning
+    name the ones that no record gives. `where` chooses cells; `pivot` makes rows and columns of other keys than arm and
+    compression, and `arms` and `reference` then mean rows as they are called there. `draws`: `each` interval by its
+    own, or one `shared` by all, for tables of hundreds of cells (`lrsa.results.pool`).
+
+    Raises ValueError for an unknown metric or reference and for arms scored on different
     examples; RecordError where outcomes contradict the record's cells, two different experiments claim one cell, or
     nothing is left.
     """
-    chosen = select(records, metric, arms, tasks, compressions, reference, n_resamples, seed)
+    chosen = select(records, metric, arms, tasks, compressions, reference, n_resamples, seed, where, pivot, draws)
     joined, arms, tasks, references = chosen.joined, chosen.arms, chosen.tasks, chosen.references
     columns = columns_of(joined)
     rows, differences = [], []
@@ -164,12 +179,12 @@ def build_table(
             keys = [(arm, task, column.setting) for column in columns]
             ratios = [joined.cells[key].ratio if key in joined.cells else None for key in keys]
             wins = [best[column] == arm for column in columns]
-            where = next((joined.cells[key].positions for key in keys if key in joined.cells), None)
-            rows.append(Row(task, arm, tuple(map(Cell, map(joined.mean, keys), ratios, wins)), positions=where))
+            window = next((joined.cells[key].positions for key in keys if key in joined.cells), None)
+            rows.append(Row(task, arm, tuple(map(Cell, map(joined.mean, keys), ratios, wins)), positions=window))
             to = references.get(arm)
             if to is not None:
                 gains = [joined.to_full(key) if to == FULL.label else joined.difference(key, to) for key in keys]
-                differences.append(Row(task, arm, tuple(map(Cell, gains, ratios)), to, where))
+                differences.append(Row(task, arm, tuple(map(Cell, gains, ratios)), to, window))
     table = ResultTable(
         title=title,
         metric=metric_of(joined, metric),
@@ -179,8 +194,9 @@ def build_table(
         reference=chosen.reference,
         names=dict(names or {}),
         rebuild=rebuild,
+        rows_title=pivot.title,
     )
-    return replace(table, notes=notes_of(table, joined))
+    return replace(table, notes=notes_of(table, joined, seeds))
 
 
 @dataclass(frozen=True)
@@ -203,15 +219,21 @@ def select(
     reference: str | Mapping[str, str] | None,
     n_resamples: int,
     seed: int,
+    where: Where = EVERYWHERE,
+    pivot: Pivot = BY_ARM,
+    draws: str = EACH,
 ) -> Selection:
     """The cells that `build_table` is asked for, with its arguments and its errors."""
     if metric not in METRICS:
         raise ValueError(f"unknown metric '{metric}'; choose from {', '.join(METRICS)}")
-    cells = collect_cells(records, metric, arms, tasks)
-    if compressions:
-        cells = {key: cell for key, cell in cells.items() if key[2] in map(Setting, compressions)}
-    joined = Joined(cells, n_resamples, seed)
-    arms = list(arms) or sorted({arm for arm, _, _ in joined.cells})
+    check_keys((*pivot.rows, *pivot.columns, *where.keys), records)
+    if draws not in DRAWS:
+        raise ValueError(f"unknown draws '{draws}'; choose from {', '.join(DRAWS)}")
+    cells = collect_cells(records, metric, arms, tasks, compressions, where, pivot)
+    pool = Pool(n_resamples, seed, (run for cell in cells.values() for run in cell.runs)) if draws == SHARED else None
+    joined = Joined(cells, n_resamples, seed, pool)
+    orders = {arm: cell.order for (arm, _, _), cell in joined.cells.items()}
+    arms = list(arms) or sorted(orders, key=orders.__getitem__)
     tasks = list(tasks) or list(dict.fromkeys(task for _, task, _ in joined.cells))
     reference = reference if reference is not None else (arms[0] if len(arms) > 1 else None)
     if reference == FULL.label and reference not in arms:
@@ -228,6 +250,7 @@ def select(
     if not joined.cells:
         there = ", ".join(sorted({record.arm for record in records})) or "none"
         of = "" if metric == "exact" else f" with {metric}"
+        of += f" where {where.text}" if where.text else ""
         how = "; only `lrsa-eval mode=generate` measures it" if metric in GENERATED else ""
         raise RecordError(f"the records hold no cell{of} of the arms and tasks asked for; arms there: {there}{how}")
     return Selection(joined, arms, tasks, references, reference)
@@ -245,36 +268,6 @@ def columns_of(joined: Joined) -> tuple[Column, ...]:
     for (_, _, setting), cell in joined.cells.items():
         ratios.setdefault(setting, []).extend(cell.ratios.values())
     return tuple(Column(setting, tuple(ratios[setting])) for setting in sorted(ratios, key=lambda one: one.order))
-
-
-def notes_of(table: ResultTable, joined: Joined) -> tuple[str, ...]:
-    """What a reader must know of the numbers, the brackets and the gaps."""
-    cells = [cell for row in table.rows for cell in row.cells]
-    over = "examples and seeds" if any(c.weight and c.weight.seeds > 1 for c in cells) else "examples"
-    notes = [f"{table.metric.title[:1].upper()}{table.metric.title[1:]}, with its 95% interval over {over}."]
-    if any(column.measured for column in table.columns):
-        notes.append("In brackets after a compression: the measured ratio, full cache / kept.")
-    labels = {column.label for column in table.columns}
-    if "floor" in labels:
-        notes.append("Floor: the same model without the context.")
-    if "gold" in labels:
-        notes.append("Gold: the same model with the gold documents alone, full cache.")
-    if any(row.positions for row in table.rows):
-        notes.append("Prose by position in its window, n windows; the measured ratio is that at a row's last token.")
-    if any(cell.best for cell in cells):
-        notes.append("Bold: better than every other arm, each paired interval clear of 0.")
-    missing = sum(cell.weight is None for cell in cells)
-    if missing:
-        notes.append(f"{missing} of {len(cells)} cells are missing: no finished record holds them.")
-    prints: dict[tuple[str, Setting], set[str]] = {}
-    for (_, task, setting), measured in joined.cells.items():
-        prints.setdefault((task, setting), set()).update(measured.fingerprints)
-    for (task, setting), found in prints.items():
-        if len(found) > 1:
-            where = f"{task} at {setting.label}"
-            notes.append(f"The prompts of {where} were not the same in all runs: {len(found)} data fingerprints.")
-            warnings.warn(notes[-1], TableWarning, stacklevel=3)
-    return tuple(notes)
 
 
 def plot_frame(table: ResultTable) -> pd.DataFrame:

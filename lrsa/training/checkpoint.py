@@ -53,7 +53,9 @@ class LastCheckpoint(Checkpoint):
         self.path.parent.mkdir(parents=True, exist_ok=True)
         # Lightning's own temporary file lies in /tmp, from where a move to another file system is a plain copy.
         partial = self.path.with_suffix(".partial")
-        trainer.save_checkpoint(partial, weights_only=False)
+        trainer.save_checkpoint(partial, weights_only=False)  # of all processes, into the first one's file
+        if not trainer.is_global_zero:
+            return
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         make_readable(partial)

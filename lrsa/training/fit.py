@@ -17,6 +17,7 @@ from lrsa.config import TrainerConf
 from lrsa.training.callbacks import StepMeter, TrainingProgress
 from lrsa.training.checkpoint import LAST, LastCheckpoint
 from lrsa.training.module import NonFiniteLoss, PostTraining
+from lrsa.training.sharded import is_first_process, make_strategy
 
 
 @dataclass
@@ -35,11 +36,11 @@ def resolve_device(conf: TrainerConf) -> torch.device:
     return torch.device("mps" if conf.accelerator in ("mps", "gpu", "auto") and mps else "cpu")
 
 
-def micro_batches(batch_size: int, micro_batch_size: int | None) -> int:
-    """Forward passes an optimiser step.
+def micro_batches(batch_size: int, micro_batch_size: int | None, devices: int = 1) -> int:
+    """Forward passes an optimiser step on each device.
 
     Raises:
-        ValueError: `micro_batch_size` does not divide `batch_size`.
+        ValueError: `micro_batch_size` does not divide `batch_size`, or the devices the micro-batches.
     """
     micro = batch_size if micro_batch_size is None else micro_batch_size
     if micro < 1 or batch_size < 1 or batch_size % micro:
@@ -47,7 +48,12 @@ def micro_batches(batch_size: int, micro_batch_size: int | None) -> int:
             f"recipe.micro_batch_size={micro_batch_size} does not divide recipe.batch_size={batch_size}: an optimiser "
             "step is a whole number of micro-batches; choose a divisor, or null for no accumulation"
         )
-    return batch_size // micro
+    if batch_size // micro % devices:
+        raise ValueError(
+            f"recipe.batch_size={batch_size} makes {batch_size // micro} micro-batches, which "
+            f"trainer.devices={devices} cannot share evenly: choose a multiple of micro_batch_size x devices"
+        )
+    return batch_size // micro // devices
 
 
 def fit(
@@ -74,16 +80,16 @@ def fit(
     recipe = module.recipe
     meter = StepMeter(conf.log_every)
     checkpoint = LastCheckpoint(Path(folder), conf.checkpoint_every)
-    progress = [TrainingProgress(meter, conf.log_every, console)] if conf.progress else []
+    progress = [TrainingProgress(meter, conf.log_every, console)] if conf.progress and is_first_process() else []
     _quiet_lightning()
     trainer = Trainer(
         accelerator=conf.accelerator,
         devices=conf.devices,
-        strategy=conf.strategy,
+        strategy=make_strategy(conf.strategy, conf.devices),
         precision=conf.precision,  # type: ignore[arg-type]  # checked by lrsa.validation
         max_steps=recipe.steps,
         max_epochs=-1,
-        accumulate_grad_batches=micro_batches(recipe.batch_size, recipe.micro_batch_size),
+        accumulate_grad_batches=micro_batches(recipe.batch_size, recipe.micro_batch_size, conf.devices),
         gradient_clip_val=None,  # PostTraining clips, after it has divided by the target count
         logger=logger or False,
         callbacks=[meter, *progress, *(callbacks or []), checkpoint],

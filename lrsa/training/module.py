@@ -19,6 +19,7 @@ from lrsa.attention import SparseAttentionConfig
 from lrsa.config import RecipeConf
 from lrsa.models import set_attention, target_logits
 from lrsa.training.schedule import draw_compression, hashed_integer, learning_rate_factor
+from lrsa.training.sharded import local, shard, summed, total_norm
 
 
 class NonFiniteLoss(RuntimeError):
@@ -80,6 +81,11 @@ class PostTraining(LightningModule):
         self._ids: list[list[str]] = []
         self._targets = 0
 
+    def configure_model(self) -> None:
+        """Called before the optimiser is made; `trainer.strategy=fsdp` brings devices to share the weights out on."""
+        if self.device_mesh is not None:
+            shard(self.model, self.device_mesh["data_parallel"])
+
     # ------------------------------------------------------------------ the step
 
     def on_fit_start(self) -> None:
@@ -103,7 +109,8 @@ class PostTraining(LightningModule):
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
         # Seeded anew each micro-batch: dropout does not depend on what drew random numbers before, resumed or not.
-        torch.manual_seed(hashed_integer("micro-batch", self.seed, self.global_step, len(self._ids)))
+        number = len(self._ids) * self.trainer.world_size + self.global_rank
+        torch.manual_seed(hashed_integer("micro-batch", self.seed, self.global_step, number))
         attention, _ = self.step_attention(self.global_step)
         if attention != self._active:
             self._activate(attention)
@@ -124,24 +131,30 @@ class PostTraining(LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Normalise, check and clip the accumulated gradient. The step's only wait for the device."""
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients) / self._targets
-        scale = torch.full_like(norm, 1.0 / self._targets)
+        world, targets, tokens = self.trainer.world_size, self._targets, torch.stack(self._sums)[:, 1].sum()
+        loss = None
+        if world > 1:  # gradients are means over processes, losses and counts each process's own
+            mine = torch.stack([*torch.stack(self._sums).double().sum(0), tokens.new_tensor(targets).double()])
+            loss, tokens, counted = summed(mine)
+            targets = int(counted)
+        norm = total_norm(gradients) * world / targets
+        scale = torch.full_like(norm, world / targets)
         if self.recipe.gradient_clip > 0:
             scale = scale * (self.recipe.gradient_clip / (norm + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_(gradients, scale)
-        tokens = torch.stack(self._sums)[:, 1].sum()
+        torch._foreach_mul_(local(gradients), scale)
         *losses, tokens_read, gradient_norm = torch.stack([*(sums[0] for sums in self._sums), tokens, norm]).tolist()
-        if not all(map(_is_finite, [*losses, gradient_norm])):
+        total = sum(losses) if loss is None else float(loss)
+        if not all(map(_is_finite, [*losses, total, gradient_norm])):
             self._raise_non_finite(losses, gradient_norm)
         _, compression = self.step_attention(self.global_step)
         self.report = StepReport(
             step=self.global_step + 1,
-            loss=sum(losses) / self._targets,
+            loss=total / targets,
             gradient_norm=gradient_norm,
             learning_rate=optimizer.param_groups[0]["lr"],
             compression=compression,
             tokens=int(tokens_read),
-            targets=self._targets,
+            targets=targets,
         )
         self._sums, self._ids, self._targets = [], [], 0
 

@@ -37,7 +37,7 @@ from lrsa.evaluation.errors import EvaluationInputError
 from lrsa.evaluation.peers import build_press
 from lrsa.results import Record, RecordError
 from lrsa.training import NonFiniteLoss, find_checkpoint, micro_batches
-from lrsa.validation import attention, perplexity
+from lrsa.validation import attention, perplexity, processes
 from lrsa.validation.problems import ConfigError, ConfigWarning, raised
 
 PRECISIONS = ("32-true", "bf16-mixed")
@@ -258,8 +258,7 @@ def _trainer(conf: TrainerConf) -> Iterator[str]:
             f"trainer.precision=bf16-mixed, but {torch.cuda.get_device_name()} has no bfloat16 arithmetic: "
             "use trainer.precision=32-true"
         )
-    if conf.devices != 1:
-        yield f"trainer.devices={conf.devices}: one process trains on one device; run arms side by side on several"
+    yield from processes.problems_of(conf)
     for name in ("log_every", "checkpoint_every"):
         if getattr(conf, name) < 1:
             yield f"trainer.{name}={getattr(conf, name)}: optimiser steps, at least 1"

@@ -125,8 +125,9 @@ def test_what_cannot_be_shared_is_refused(make_run: MakeRun, arms: list[Record])
 
 def test_the_command_writes_a_file_of_its_own(tmp_path: Path, arms: list[Record]) -> None:
     options = {"records": [str(tmp_path / "runs")], "output": str(tmp_path / "out"), "bootstrap": 100}
-    table, written = build(TableConf(retention="own", **options))
+    made = build(TableConf(retention="own", **options))
+    table, written = made.table, made.written
     assert [path.name for path in written] == ["retention_own.md", "retention_own.tex", "retention_own.csv"]
     assert np.isclose(means(table), [[0.25], [0.75]]).all()
-    _, written = build(TableConf(figure=False, **options))
-    assert [path.name for path in written] == ["table.md", "table.tex", "table.csv"]
+    made = build(TableConf(figure=False, **options))
+    assert [path.name for path in made.written] == ["table.md", "table.tex", "table.csv"]
