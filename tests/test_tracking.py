@@ -254,6 +254,8 @@ def test_a_full_disk_costs_a_warning(
     assert trained(tmp_path / "run").status == "finished"
     assert "W&B failed to log the results (OSError: [Errno 28] No space left on device)" in caplog.text
     assert "wandb sync" in caplog.text
+    (offline,) = offline_runs(tmp_path / "run")
+    assert "score" in summary_of(offline), "what was logged before is there"
 
 
 def test_a_server_that_is_gone_at_the_end_costs_a_warning(

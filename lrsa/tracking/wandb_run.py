@@ -94,22 +94,22 @@ class WandbRun(Logger):
         """Metrics into history and summary, `rows` (all of the same keys) as the table `results`, the figure as an
         image; table and figure with the record's files as the artifact `record-<W&B run id>`.
         """
+        self.run.log(dict(metrics))  # first: what comes after it writes files
         with _staged_in(self.folder), TemporaryDirectory() as scratch:
-            logged: dict[str, Any] = dict(metrics)
-            artifact = wandb.Artifact(f"record-{self.run.id}", type="record", metadata={"record_id": record.id})
-            for file in (record.path, record.folder / OUTCOMES_FILE):
-                artifact.add_file(str(file))
+            table = pd.DataFrame(rows)
+            media: dict[str, Any] = {}
+            files = [record.path, record.folder / OUTCOMES_FILE]
             if rows:
-                table = pd.DataFrame(rows)
-                with artifact.new_file("results.csv") as out:
-                    table.to_csv(out, index=False)
-                logged["results"] = wandb.Table(columns=list(table), data=[list(row.values()) for row in rows])
+                media["results"] = wandb.Table(columns=list(table), data=[list(row.values()) for row in rows])
+                files.append(Path(scratch, "results.csv"))
+                table.to_csv(files[-1], index=False)
             if figure is not None:
-                pdf, png = save_figure(figure, scratch, "figure")
-                artifact.add_file(str(pdf))
-                artifact.add_file(str(png))
-                logged["figure"] = wandb.Image(str(png))
-            self.run.log(logged)
+                files += save_figure(figure, scratch, "figure")
+                media["figure"] = wandb.Image(str(files[-1]))  # PNG
+            self.run.log(media)
+            artifact = wandb.Artifact(f"record-{self.run.id}", type="record", metadata={"record_id": record.id})
+            for file in files:
+                artifact.add_file(str(file))
             self.run.log_artifact(artifact)
 
     @_unharmed("write its summary")
