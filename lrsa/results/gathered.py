@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lrsa.results.keys import flat
-from lrsa.results.record import OUTCOMES_FILE, Examples, Record
+from lrsa.results.record import OUTCOMES_FILE, Examples, Record, RecordError
 from lrsa.results.setting import Setting
 from lrsa.results.store import identity, record_files
 
@@ -44,7 +44,7 @@ class Gathered(NamedTuple):
 def gather(folders: Iterable[str | Path], store: str | Path) -> Gathered:
     """Bring the store in the folder `store` up to date with the records below `folders`, which it then holds alone.
 
-    Raises RecordError for a folder that does not exist, and for a damaged record.
+    Raises RecordError for a folder that does not exist, for a damaged record, and where another process writes it too.
     """
     store = Path(store)
     files = sorted({file.resolve(): file for folder in folders for file in record_files(Path(folder))}.values())
@@ -56,6 +56,8 @@ def gather(folders: Iterable[str | Path], store: str | Path) -> Gathered:
         fresh = {path: _Entry.of(Record.load(found[path]), stamps[path]) for path in changed}
         _write(store, {path: fresh.get(path) or held[path] for path in found})
         held = _read(store)
+        if held.keys() != found.keys():
+            raise RecordError(f"{store}: another process wrote the store at the same time; run the command again")
     source = _Outcomes(store / OUTCOMES)
     return Gathered([held[path].record(Path(os.path.normpath(store / path)), source) for path in found], len(changed))
 

@@ -44,8 +44,10 @@ class Pool:
         for run in runs:
             if id(run) not in self._rows:
                 alike.setdefault(tuple(run), []).append(run)
-        for same in alike.values():
-            (matrix,), _ = aligned({"runs": same})
+        for ids, same in alike.items():
+            matrix = np.array([list(run.values()) for run in same])[:, np.argsort(np.array(ids, dtype=object))]
+            if not np.isfinite(matrix).all():
+                aligned({"runs": same})  # says of how many
             sums = resampled_sums(matrix, self.n_resamples, self.seed).astype(np.float32, copy=False)
             self._rows |= {id(run): (run, *both) for run, *both in zip(same, matrix, sums, strict=True)}
 

@@ -42,20 +42,20 @@ def resampled_sums(matrix: Array, n_resamples: int, seed: int) -> NDArray[Any]:
     rows, width = matrix.astype(kind), max(1, _BLOCK // n)
     sums = np.empty((len(rows), n_resamples), dtype=kind)
     for start in range(0, n_resamples, width):
-        sums[:, start : start + width] = rows @ counts[:, start : start + width].astype(kind)
+        sums[:, start : start + width] = rows @ counts[start : start + width].T.astype(kind, order="K")
     return sums
 
 
 @functools.lru_cache(maxsize=4)
 def _drawn_counts(n: int, n_resamples: int, seed: int) -> tuple[NDArray[np.uint16], Any]:
-    """How often each of n columns is drawn [n, R], and the generator's state after that."""
+    """How often each of n columns is drawn [R, n], and the generator's state after that."""
     rng = np.random.default_rng(seed)
-    counts = np.empty((n, n_resamples), dtype=np.uint16)
+    counts = np.empty((n_resamples, n), dtype=np.uint16)
     block = max(1, _BLOCK // n)
     for start in range(0, n_resamples, block):
         rows = min(block, n_resamples - start)
         places = rng.integers(0, n, size=(rows, n)) + n * np.arange(rows)[:, None]
-        counts[:, start : start + rows] = np.bincount(places.ravel(), minlength=rows * n).reshape(rows, n).T
+        counts[start : start + rows] = np.bincount(places.ravel(), minlength=rows * n).reshape(rows, n)
     return counts, rng.bit_generator.state
 
 

@@ -22,7 +22,7 @@ TABLE_FILE = "table.yaml"
 ALL = "all"
 _OF_THE_CALL = ("experiment", "output", "store")  # say where and what to build, so they stand on the command line
 # What does not change what a table says: left out of the command that it names.
-_WHERE_TO = ("experiment", "output", "formats", "figure", "store")
+_WHERE_TO = ("experiment", "output", "formats", "figure", "figures", "store")
 # What asks for one table of another shape.
 _SHAPE = ("metric", "retention", "rows", "columns", "stem")
 
