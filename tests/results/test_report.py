@@ -102,6 +102,15 @@ def test_prose_is_shown_by_position(tmp_path: Path) -> None:
     assert "NLL above full cache by position" in page and "dense, 4x, token 64: 0.300 [0.300, 0.300], n = 20" in page
 
 
+def test_what_lm_eval_measured_is_there(tmp_path: Path) -> None:
+    given: dict[str, Any] = {"command": "lrsa-eval", "study": "s", "seed": 0}
+    for arm, metrics in {"dense": {"ruler/acc,none/4x": 0.25, "x": EVIL}, "lrsa": {"ruler/acc,none/full": 1.0}}.items():
+        Record.start(tmp_path / arm, arm=arm, config={"arm": arm}, **given).finish(metrics, [], [])
+    page = build_report(load_records(tmp_path), **FAST)
+    cells = r'<td>ruler/acc,none/4x</td><td class="number">0.25</td><td class="number">missing</td>'
+    assert cells in page and "No finished run measured" not in page
+
+
 @pytest.mark.parametrize(("low", "high"), [(0, 100), (0, 0.3), (-60, 112.4), (3, 3), (0, 4096)])
 def test_axes_hold_their_values_with_round_ticks(low: float, high: float) -> None:
     axis = linear_axis(low, high)

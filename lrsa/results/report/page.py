@@ -21,11 +21,13 @@ from lrsa.results.grids import NothingToShow
 from lrsa.results.record import Record
 from lrsa.results.report.charts import HEIGHT, LEFT, RIGHT, WIDTH, Chart
 from lrsa.results.report.sections import (
+    PlainTable,
     TableView,
     data_view,
     diff_view,
     duration,
     environment,
+    metrics_view,
     run_views,
     table_views,
 )
@@ -59,6 +61,7 @@ def build_report(
     names: Mapping[str, str] | None = None,
     metrics: Sequence[str] = (),
     n_resamples: int = RESAMPLES,
+    more: Sequence[PlainTable] = (),
     command: str = "lrsa-report",
 ) -> str:
     """The page, as text. `records`: finished, failed and unfinished ones: `load_records(..., unfinished=True)`.
@@ -66,6 +69,7 @@ def build_report(
     `arms`, `tasks`, `compressions`, `reference` and `names` as `tables.build_table` takes them; `metrics`: of
     `METRICS`, default: the scores that were measured, and where there are none the likelihood. Arms that hold several
     experiments are told apart by what differs in their configs. A table that cannot be built says why in its place.
+    `more`: further tables, of what is not scored, such as speed.
 
     Raises ValueError for an unknown metric, and without records.
     """
@@ -99,6 +103,7 @@ def build_report(
     training: list[Chart] = []
     with contextlib.suppress(NothingToShow):
         training.append(losses(finished, names, styles))
+    others = metrics_view(records, names)
     studies = ", ".join(dict.fromkeys(record.study for record in records))
     page = {
         "title": title or f"Study {studies}",
@@ -106,6 +111,7 @@ def build_report(
         "command": command,
         "parts": parts,
         "training": training,
+        "more": [*([others] if others else []), *more],
         "runs": run_views(records, names),
         "diff": diff_view(records, names),
         "environment": environment(records),
