@@ -58,6 +58,7 @@ def test_what_went_wrong_and_what_differs_is_there(sweep: list[Record]) -> None:
     assert "Failed, unfinished (2)" in page and "4 finished, 1 failed, 1 unfinished" in page
     assert "RuntimeError: out of memory" in page and "Traceback (most recent call last)" in page
     assert "still running, or killed" in page
+    assert f"<dt>device</dt><dd>{sweep[0].hardware['device']}</dd>" in page
     row = re.search(r'<td class="key"><code>recipe\.knob</code></td>(.*?)</tr>', page, re.S)
     assert row and re.findall(r"<code>(.*?)</code>", row.group(1)) == ["0", "9", "9", "3"]
     assert sweep[0].versions["torch"] in page and str(sweep[0].git["commit"]) in page

@@ -7,14 +7,14 @@ import contextlib
 import hashlib
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
 import jinja2
 
-from lrsa.results.diffs import told_apart
+from lrsa.results.diffs import flat, shown, told_apart
 from lrsa.results.figures.frames import styles_of
 from lrsa.results.figures.style import COLOURS, MARKERS, ArmStyle, arm_styles
 from lrsa.results.grids import NothingToShow
@@ -181,10 +181,25 @@ def _facts(records: Sequence[Record], finished: Sequence[Record], names: Mapping
         ("runs", ", ".join(f"{count} {words.get(status, status)}" for status, count in counts.items() if count)),
         ("arms", f"{len(arms)}"),
         ("tasks", ", ".join(names.get(task, task) for task in tasks) or "none"),
+        ("model", _values(records, "model.name")),
+        ("context, tokens", _values(records, "evaluation.length")),
         ("seeds", ", ".join(map(str, seeds))),
+        ("device", _few(dict.fromkeys(str(record.hardware.get("device", "unknown")) for record in records))),
         ("time of all runs", duration(seconds)),
         ("ended", days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"),
     ]
+
+
+def _values(records: Sequence[Record], key: str) -> str:
+    """What the configs hold under a dotted key, as far as they have it."""
+    leaves = [flat(record.config) for record in records]
+    return _few(dict.fromkeys(shown(leaf[key]) for leaf in leaves if leaf.get(key) is not None)) or "–"
+
+
+def _few(values: Iterable[str]) -> str:
+    """The first three, and how many more."""
+    found = list(values)
+    return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
 
 
 def _protocols(records: Sequence[Record]) -> list[tuple[str, list[tuple[str, str]]]]:
