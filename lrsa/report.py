@@ -13,9 +13,10 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.text import Text
 
+from lrsa.benchmark.report import report
 from lrsa.config import ReportConf, config_dir, register_configs
-from lrsa.results.record import write_atomically
-from lrsa.results.report import build_report
+from lrsa.results.record import Record, write_atomically
+from lrsa.results.report import PlainTable, build_report
 from lrsa.results.store import load_records
 
 register_configs()
@@ -33,8 +34,9 @@ def write_report(conf: ReportConf, command: str = "lrsa-report") -> Path:
     if not isinstance(conf.reference, str | dict | None):
         raise ValueError(f"reference={conf.reference!r}: name an arm, or write {{arm: its reference, ...}}")
     folders = conf.records or [f"experiments/{conf.study}/records"]
+    records = load_records(*folders, study=conf.study if conf.records else None, unfinished=True)
     page = build_report(
-        load_records(*folders, study=conf.study if conf.records else None, unfinished=True),
+        records,
         title=conf.title,
         arms=conf.arms,
         tasks=conf.tasks,
@@ -43,12 +45,22 @@ def write_report(conf: ReportConf, command: str = "lrsa-report") -> Path:
         names={str(key): str(name) for key, name in (conf.names or {}).items()},
         metrics=conf.metrics,
         n_resamples=conf.bootstrap,
+        more=[_benchmark(record) for record in records if record.command == "lrsa-bench" and "rows" in record.metrics],
         command=command,
     )
     path = Path(conf.output)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, page.encode("utf-8"))
     return path
+
+
+def _benchmark(record: Record) -> PlainTable:
+    """What `lrsa-bench` prints of a record."""
+    hardware, metrics = record.hardware, record.metrics
+    on_gpu = metrics.get("device", record.config["device"]) == "cuda"
+    device = hardware["device"] if on_gpu else f"{hardware['cpu'] or 'CPU'}, {metrics['threads']} threads"
+    table = report(record.config["mode"], record.config, metrics["rows"], device)
+    return PlainTable(table.title, table.columns, table.rows)
 
 
 def _command() -> str:

@@ -58,6 +58,7 @@ def test_what_went_wrong_and_what_differs_is_there(sweep: list[Record]) -> None:
     assert "Failed, unfinished (2)" in page and "4 finished, 1 failed, 1 unfinished" in page
     assert "RuntimeError: out of memory" in page and "Traceback (most recent call last)" in page
     assert "still running, or killed" in page
+    assert f"<dt>device</dt><dd>{sweep[0].hardware['device']}</dd>" in page
     row = re.search(r'<td class="key"><code>recipe\.knob</code></td>(.*?)</tr>', page, re.S)
     assert row and re.findall(r"<code>(.*?)</code>", row.group(1)) == ["0", "9", "9", "3"]
     assert sweep[0].versions["torch"] in page and str(sweep[0].git["commit"]) in page
@@ -100,6 +101,15 @@ def test_prose_is_shown_by_position(tmp_path: Path) -> None:
     record.finish({}, cells, rows)
     page = build_report([record], **FAST)
     assert "NLL above full cache by position" in page and "dense, 4x, token 64: 0.300 [0.300, 0.300], n = 20" in page
+
+
+def test_what_lm_eval_measured_is_there(tmp_path: Path) -> None:
+    given: dict[str, Any] = {"command": "lrsa-eval", "study": "s", "seed": 0}
+    for arm, metrics in {"dense": {"ruler/acc,none/4x": 0.25, "x": EVIL}, "lrsa": {"ruler/acc,none/full": 1.0}}.items():
+        Record.start(tmp_path / arm, arm=arm, config={"arm": arm}, **given).finish(metrics, [], [])
+    page = build_report(load_records(tmp_path), **FAST)
+    cells = r'<td>ruler/acc,none/4x</td><td class="number">0.25</td><td class="number">missing</td>'
+    assert cells in page and "No finished run measured" not in page
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 100), (0, 0.3), (-60, 112.4), (3, 3), (0, 4096)])

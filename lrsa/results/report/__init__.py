@@ -5,5 +5,6 @@ says what runs were. `page.html`, `page.css` and `page.js` are what the page is 
 """
 
 from lrsa.results.report.page import build_report
+from lrsa.results.report.sections import PlainTable
 
-__all__ = ["build_report"]
+__all__ = ["PlainTable", "build_report"]

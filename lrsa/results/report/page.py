@@ -7,25 +7,27 @@ import contextlib
 import hashlib
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
 import jinja2
 
-from lrsa.results.diffs import told_apart
+from lrsa.results.diffs import flat, shown, told_apart
 from lrsa.results.figures.frames import styles_of
 from lrsa.results.figures.style import COLOURS, MARKERS, ArmStyle, arm_styles
 from lrsa.results.grids import NothingToShow
 from lrsa.results.record import Record
 from lrsa.results.report.charts import HEIGHT, LEFT, RIGHT, WIDTH, Chart
 from lrsa.results.report.sections import (
+    PlainTable,
     TableView,
     data_view,
     diff_view,
     duration,
     environment,
+    metrics_view,
     run_views,
     table_views,
 )
@@ -59,6 +61,7 @@ def build_report(
     names: Mapping[str, str] | None = None,
     metrics: Sequence[str] = (),
     n_resamples: int = RESAMPLES,
+    more: Sequence[PlainTable] = (),
     command: str = "lrsa-report",
 ) -> str:
     """The page, as text. `records`: finished, failed and unfinished ones: `load_records(..., unfinished=True)`.
@@ -66,6 +69,7 @@ def build_report(
     `arms`, `tasks`, `compressions`, `reference` and `names` as `tables.build_table` takes them; `metrics`: of
     `METRICS`, default: the scores that were measured, and where there are none the likelihood. Arms that hold several
     experiments are told apart by what differs in their configs. A table that cannot be built says why in its place.
+    `more`: further tables, of what is not scored, such as speed.
 
     Raises ValueError for an unknown metric, and without records.
     """
@@ -99,6 +103,7 @@ def build_report(
     training: list[Chart] = []
     with contextlib.suppress(NothingToShow):
         training.append(losses(finished, names, styles))
+    others = metrics_view(records, names)
     studies = ", ".join(dict.fromkeys(record.study for record in records))
     page = {
         "title": title or f"Study {studies}",
@@ -106,6 +111,7 @@ def build_report(
         "command": command,
         "parts": parts,
         "training": training,
+        "more": [*([others] if others else []), *more],
         "runs": run_views(records, names),
         "diff": diff_view(records, names),
         "environment": environment(records),
@@ -175,10 +181,25 @@ def _facts(records: Sequence[Record], finished: Sequence[Record], names: Mapping
         ("runs", ", ".join(f"{count} {words.get(status, status)}" for status, count in counts.items() if count)),
         ("arms", f"{len(arms)}"),
         ("tasks", ", ".join(names.get(task, task) for task in tasks) or "none"),
+        ("model", _values(records, "model.name")),
+        ("context, tokens", _values(records, "evaluation.length")),
         ("seeds", ", ".join(map(str, seeds))),
+        ("device", _few(dict.fromkeys(str(record.hardware.get("device", "unknown")) for record in records))),
         ("time of all runs", duration(seconds)),
         ("ended", days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"),
     ]
+
+
+def _values(records: Sequence[Record], key: str) -> str:
+    """What the configs hold under a dotted key, as far as they have it."""
+    leaves = [flat(record.config) for record in records]
+    return _few(dict.fromkeys(shown(leaf[key]) for leaf in leaves if leaf.get(key) is not None)) or "–"
+
+
+def _few(values: Iterable[str]) -> str:
+    """The first three, and how many more."""
+    found = list(values)
+    return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
 
 
 def _protocols(records: Sequence[Record]) -> list[tuple[str, list[tuple[str, str]]]]:

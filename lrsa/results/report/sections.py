@@ -35,6 +35,33 @@ class TableView:
     rows: list[tuple[str, str, str, list[CellView]]]  # task, arm, n, cells
 
 
+@dataclass(frozen=True)
+class PlainTable:
+    """A table of texts as they are, such as a benchmark's."""
+
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def metrics_view(records: Sequence[Record], names: Mapping[str, str]) -> PlainTable | None:
+    """The numbers of finished runs that scored no task of ours, as `lrsa-eval mode=lm_eval`: a row a metric, a column a
+    run; None where there are none.
+    """
+    found = {
+        f"{names.get(record.arm, record.arm)}, seed {record.seed}": {
+            name: value for name, value in record.metrics.items() if isinstance(value, int | float)
+        }
+        for record in records
+        if record.status == "finished" and not record.cells and record.command != "lrsa-bench"
+    }
+    rows = dict.fromkeys(name for values in found.values() for name in values)
+    if not rows:
+        return None
+    cells = [[name, *(f"{v[name]:.4g}" if name in v else "missing" for v in found.values())] for name in rows]
+    return PlainTable("Metrics as recorded", ["metric", *found], cells)
+
+
 def table_views(table: ResultTable) -> list[TableView]:
     """Values, and differences where there are any: the numbers of `lrsa-table`, to the letter."""
     header = [(column.label, column.header.partition(" ")[2].strip("()")) for column in table.columns]
