@@ -22,7 +22,7 @@ from lrsa.results import Record, RecordError
 from lrsa.results.figures import position_figure
 from lrsa.results.positions import position_frame
 from lrsa.table import build
-from lrsa.tracking import results_figure
+from lrsa.tracking.run import results_figure
 from lrsa.validation import ConfigError
 
 TINY = [
