@@ -85,9 +85,9 @@ def test_generated_answers_and_their_table(tmp_path: Path, capsys: pytest.Captur
     assert same == [{key: row[key] for key in same[0]} for row in scored.outcomes()]
 
     options = {"records": [str(tmp_path)], "output": str(tmp_path / "table"), "figure": False, "bootstrap": 100}
-    table, _ = build(TableConf(metric="string_match", **options))
+    table = build(TableConf(metric="string_match", **options)).table
     assert "String match, %" in (tmp_path / "table" / "table.md").read_text()
-    table, _ = build(TableConf(metric="f1", **options))  # the scored run of the same arm has none, so does not clash
+    table = build(TableConf(metric="f1", **options)).table  # the scored run of the same arm has none, so does not clash
     text = (tmp_path / "table" / "table.md").read_text()
     assert "F1, %" in text and table.rows[0].cells[1].interval is not None
 
@@ -200,7 +200,7 @@ def test_prose_by_position_and_its_table(tmp_path: Path, prose: Path, capsys: py
 
     run_evaluation(configure(tmp_path / "runs/two", *options, "run.arm=two", "evaluation.attention.sink_size=20"))
     common = {"records": [str(tmp_path / "runs")], "metric": "nll", "bootstrap": 200}
-    table, written = build(TableConf(reference="full", output=str(tmp_path / "full"), **common))
+    _, written, table, _ = build(TableConf(reference="full", output=str(tmp_path / "full"), **common))
     assert {path.name for path in written} >= {"table.md", "position.pdf", "position.png"}
     text = (tmp_path / "full/table.md").read_text()
     assert "**Difference to full, nats**, paired by example:" in text and "NLL, nats a token, with" in text
@@ -213,7 +213,7 @@ def test_prose_by_position_and_its_table(tmp_path: Path, prose: Path, capsys: py
     assert [panel.get_title(loc="left") for panel in axes] == ["one", "two"]
     assert axes[0].get_ylabel() == "NLL above full cache, nats a token"
     assert axes[0].get_title(loc="right") == f"n = {windows}", "no difference without its n"
-    between, _ = build(TableConf(figure=False, output=str(tmp_path / "arms"), **common))
+    between = build(TableConf(figure=False, output=str(tmp_path / "arms"), **common)).table
     assert between.reference == "one" and between.differences[-1].arm == "two"
     assert position_figure(position_frame(between)).axes[0].get_ylabel() == "NLL of prose, nats a token"
     with pytest.raises(RecordError, match="no cell of the arms"):
