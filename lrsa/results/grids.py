@@ -24,6 +24,14 @@ class NothingToShow(ValueError):
     """There is no data for what is asked; the message says which, and how to get it."""
 
 
+class MixedRuns(NothingToShow):
+    """Runs that differ in more than their seed fall into one field; `keys`: in what."""
+
+    def __init__(self, message: str, keys: Sequence[str]) -> None:
+        super().__init__(message)
+        self.keys = tuple(keys)
+
+
 @dataclass(frozen=True)
 class Grid:
     """One panel: `means [rows, columns]` in the metric's printed unit, NaN where nothing was measured; `intervals` as
@@ -72,8 +80,8 @@ def grid_of_settings(
 
     Raises:
         NothingToShow: a setting that does not vary, or is in no config.
-        ValueError: an unknown metric; runs in one field that differ in more than their seed: name that key as `panels`,
-            or leave some runs out.
+        MixedRuns: runs in one field that differ in more than their seed: name that key as `panels`, or leave some out.
+        ValueError: an unknown metric.
     """
     scored, keys = known_metric(metric), list(dict.fromkeys((rows, columns, *([panels] if panels else []))))
     settings = [{key: shown(value) for key, value in flat(record.config).items()} for record in records]
@@ -197,7 +205,8 @@ def _check_alike(field: tuple[str, ...], runs: Sequence[Record], keys: Sequence[
     what = ", ".join(others[:4]) or "nothing (the same run twice)"
     where = f"{field[0]} at {', '.join(f'{key}={value}' for key, value in zip(keys, field[1:], strict=True))}"
     how = "leave all but one out" if panels or not others else f"name it as panels={others[0]}, or leave some out"
-    raise ValueError(f"{where}: {len(runs)} runs with seeds {', '.join(map(str, seeds))} differ in {what}; {how}")
+    seen = ", ".join(map(str, seeds))
+    raise MixedRuns(f"{where}: {len(runs)} runs with seeds {seen} differ in {what}; {how}", others)
 
 
 def _depths(record: Record, task: str) -> list[float]:

@@ -24,7 +24,8 @@ from lrsa.results.figures import (
 )
 from lrsa.results.figures.lines import bytes_text, frontier
 from lrsa.results.figures.style import COLUMN_WIDTH, TEXT_WIDTH, add_caption, arm_styles
-from lrsa.results.grids import NothingToShow, grid_of_needles, grid_of_settings
+from lrsa.results.grids import MixedRuns, NothingToShow, grid_of_needles, grid_of_settings
+from lrsa.results.pivot import COLUMNS, Pivot
 
 RATIOS = {1: 1.0, 2: 1.9, 4: 3.37, 8: 5.56}
 FAST = {"n_resamples": 200}
@@ -158,6 +159,17 @@ def test_retention_is_that_of_the_table(study: list[Record]) -> None:
     assert lines["lrsa"].get_ydata()[0] == pytest.approx(100 * (18 - 2) / (20 - 2))
 
 
+def test_a_pivoted_table_has_the_figures_of_its_runs(run) -> None:
+    """Two knobs of a sweep as rows: no row is an arm, and the runs differ in both."""
+    scores = {1: right(1), 4: right(0.5)}
+    runs = [run(f"lag{lag}-{top}", scores, lag=lag, loss=True) for lag in (32, 64) for top in (1, 2)]
+    for number, record in enumerate(runs):
+        record.config["attention"]["top_k"] = 1 + number % 2
+    table = build_table(runs, **FAST, pivot=Pivot(("attention.lag_size", "attention.top_k"), COLUMNS))
+    made = make_figures(runs, table)
+    assert {"accuracy", "heat", "loss"} <= set(made)
+
+
 def test_a_heat_map_holds_the_means_of_its_fields(run) -> None:
     scores = {32: 0.2, 64: 0.5, 1024: 0.8}
     runs = [
@@ -173,8 +185,13 @@ def test_a_heat_map_holds_the_means_of_its_fields(run) -> None:
     texts = [text.get_text() for text in figure.axes[0].texts]
     assert texts[0] == "100.0" and len(texts) == 12
     other = run("snapkv_32", {1: right(1), 4: right(0.1)}, lag=32, scorer="snapkv")
-    with pytest.raises(ValueError, match=r"seeds 0, 1, 0 differ in attention\.scorer; name it as panels="):
+    with pytest.raises(MixedRuns, match=r"seeds 0, 1, 0 differ in attention\.scorer; name it as panels="):
         grid_of_settings([*runs, other])
+    both = make_figures([*runs, other], build_table([*runs, other], **FAST))["heat"]
+    assert [axes.get_title(loc="left") for axes in both.axes[:2]] == [
+        "needles · scorer lag_relative",
+        "needles · scorer snapkv",
+    ]
     by_scorer = grid_of_settings([*runs, other], panels="attention.scorer", n_resamples=100)
     assert [panel.title for panel in by_scorer.panels] == [
         ("needles", "scorer lag_relative"),

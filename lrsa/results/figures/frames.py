@@ -54,9 +54,13 @@ def partners_of(table: ResultTable) -> dict[str, str]:
     return {table.name(row.reference): table.name(row.arm) for row in own if row.reference is not None}
 
 
-def styles_of(table: ResultTable) -> dict[str, ArmStyle]:
-    """The style of each arm of a table, by its displayed name: the same in every figure."""
-    return arm_styles([table.name(row.arm) for row in table.rows], partners_of(table))
+def styles_of(table: ResultTable, records: Sequence[Record] = ()) -> dict[str, ArmStyle]:
+    """The style of each arm of a table, by its displayed name: the same in every figure. Of `records` whose arms are
+    not the table's rows, for it was pivoted, those of their own.
+    """
+    rows = dict.fromkeys(table.name(row.arm) for row in table.rows)
+    arms = dict.fromkeys(table.name(record.arm) for record in records)
+    return arm_styles(rows if set(arms) <= set(rows) else arms, partners_of(table))
 
 
 def held_frame(records: Sequence[Record], names: Mapping[str, str]) -> pd.DataFrame:

@@ -16,11 +16,17 @@ if TYPE_CHECKING:
 
 
 def heat_figure(grids: Grids) -> Figure:
-    """A panel a grid, side by side, each field with its mean and 95% interval. `grids`: `grids.grid_of_settings`."""
+    """A panel a grid, each field with its mean and 95% interval. `grids`: `grids.grid_of_settings`."""
     panels, metric, scale = grids.panels, grids.metric, grids.scale
     down, across = panels[0].rows, panels[0].columns
-    figure, (row,) = _frame(1, len(panels), len(across) * 0.46 + 0.55, len(down) * 0.3 + 0.5)
+    width = len(across) * 0.46 + 0.55  # of a field its interval must fit
+    a_row = min(len(panels), max(1, int((TEXT_WIDTH - 0.9) / width)))
+    figure, all_axes = _frame(-(-len(panels) // a_row), a_row, width, len(down) * 0.3 + 0.5)
+    row = list(all_axes.flat)
     with mpl.rc_context(STYLE):
+        for axes in row[len(panels) :]:
+            axes.remove()
+        row = row[: len(panels)]
         for panel, axes in zip(panels, row, strict=True):
             image = _draw(axes, panel.means, scale)
             for (i, j), interval in panel.intervals.items():
@@ -36,8 +42,9 @@ def heat_figure(grids: Grids) -> Figure:
             axes.set_yticks(range(len(down)), down)
             axes.set_title(" · ".join(panel.title), loc="left", fontweight="bold")
             axes.set_xlabel(grids.column_label)
-        row[0].set_ylabel(grids.row_label)
-        _colour_bar(figure, image, list(row), metric.title)
+        for axes in row[::a_row]:
+            axes.set_ylabel(grids.row_label)
+        _colour_bar(figure, image, row, metric.title)
         sizes = sorted({interval.size for panel in panels for interval in panel.intervals.values()})
         add_caption(figure, f"Mean, and 95% interval over examples and seeds; n a field: {', '.join(sizes)}.")
     return figure

@@ -12,7 +12,16 @@ from lrsa.results.figures.curves import loss_figure, throughput_figure
 from lrsa.results.figures.frames import held_frame, styles_of, table_frame
 from lrsa.results.figures.heat import heat_figure, needle_figure
 from lrsa.results.figures.lines import accuracy_figure, pareto_figure, position_figure, retention_figure
-from lrsa.results.grids import COMPRESSION, LAG, NothingToShow, asks_for_depth, grid_of_needles, grid_of_settings
+from lrsa.results.grids import (
+    COMPRESSION,
+    LAG,
+    Grids,
+    MixedRuns,
+    NothingToShow,
+    asks_for_depth,
+    grid_of_needles,
+    grid_of_settings,
+)
 from lrsa.results.positions import position_frame
 from lrsa.results.record import Record, RecordError
 from lrsa.results.retention import build_retention
@@ -82,11 +91,13 @@ def _position(records: Sequence[Record], table: ResultTable) -> Figure:
 
 
 def _loss(records: Sequence[Record], table: ResultTable) -> Figure:
-    return loss_figure(_of_table(records, table), table.names, styles_of(table))
+    runs = _of_table(records, table)
+    return loss_figure(runs, table.names, styles_of(table, runs))
 
 
 def _throughput(records: Sequence[Record], table: ResultTable) -> Figure:
-    return throughput_figure(_of_table(records, table), table.names, styles_of(table))
+    runs = _of_table(records, table)
+    return throughput_figure(runs, table.names, styles_of(table, runs))
 
 
 def _heat(
@@ -97,8 +108,16 @@ def _heat(
     columns: str = COMPRESSION,
     panels: str | None = None,
 ) -> Figure:
+    def grids(panels: str | None) -> Grids:
+        return grid_of_settings(runs, rows, columns, panels=panels, metric=_scored(table), names=table.names)
+
     runs = _of_table(records, table)
-    return heat_figure(grid_of_settings(runs, rows, columns, panels=panels, metric=_scored(table), names=table.names))
+    try:
+        return heat_figure(grids(panels))
+    except MixedRuns as error:  # a sweep over two knobs: the other one's values side by side
+        if panels or len(error.keys) != 1:
+            raise
+        return heat_figure(grids(error.keys[0]))
 
 
 def _needle(
