@@ -13,9 +13,9 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.text import Text
 
-from lrsa.benchmark.report import report
+from lrsa.benchmark.report import of_records
 from lrsa.config import ReportConf, config_dir, register_configs
-from lrsa.results.record import Record, write_atomically
+from lrsa.results.record import write_atomically
 from lrsa.results.report import PlainTable, build_report
 from lrsa.results.store import load_records
 
@@ -35,6 +35,7 @@ def write_report(conf: ReportConf, command: str = "lrsa-report") -> Path:
         raise ValueError(f"reference={conf.reference!r}: name an arm, or write {{arm: its reference, ...}}")
     folders = conf.records or [f"experiments/{conf.study}/records"]
     records = load_records(*folders, study=conf.study if conf.records else None, unfinished=True)
+    measured = [record for record in records if "rows" in record.metrics]
     page = build_report(
         records,
         title=conf.title,
@@ -45,22 +46,13 @@ def write_report(conf: ReportConf, command: str = "lrsa-report") -> Path:
         names={str(key): str(name) for key, name in (conf.names or {}).items()},
         metrics=conf.metrics,
         n_resamples=conf.bootstrap,
-        more=[_benchmark(record) for record in records if record.command == "lrsa-bench" and "rows" in record.metrics],
+        more=[PlainTable(bench.title, bench.columns, bench.rows) for bench in of_records(measured)],
         command=command,
     )
     path = Path(conf.output)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, page.encode("utf-8"))
     return path
-
-
-def _benchmark(record: Record) -> PlainTable:
-    """What `lrsa-bench` prints of a record."""
-    hardware, metrics = record.hardware, record.metrics
-    on_gpu = metrics.get("device", record.config["device"]) == "cuda"
-    device = hardware["device"] if on_gpu else f"{hardware['cpu'] or 'CPU'}, {metrics['threads']} threads"
-    table = report(record.config["mode"], record.config, metrics["rows"], device)
-    return PlainTable(table.title, table.columns, table.rows)
 
 
 def _command() -> str:

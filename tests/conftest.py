@@ -1,6 +1,7 @@
 """Test session: no network, few threads, and a loud word when the shared data folder is absent."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before torch, transformers or wandb is imported: each reads its variables once.
@@ -38,6 +39,21 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"{SHARED_ABSENT}: no {folder}, and LRSA_SHARED is not set")
     return folder
+
+
+@pytest.fixture
+def hydra_configs() -> Iterator[None]:
+    """`hydra.compose` finds `conf/`, and nothing of it stays behind."""
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    from lrsa.config import config_dir, register_configs
+
+    register_configs()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(config_dir()), version_base=None):
+        yield
+    GlobalHydra.instance().clear()
 
 
 @pytest.fixture(scope="session", autouse=True)

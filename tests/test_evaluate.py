@@ -6,15 +6,13 @@ import gzip
 import json
 import sys
 import types
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
+from hydra import compose
 from omegaconf import OmegaConf
 
-from lrsa.config import EvalConf, TableConf, config_dir, register_configs
+from lrsa.config import EvalConf, TableConf
 from lrsa.data.wordlists import HAYSTACK
 from lrsa.evaluate import SAMPLES_FILE, run_evaluation
 from lrsa.evaluation.errors import EvaluationInputError, TruncationWarning
@@ -40,13 +38,7 @@ TINY = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _hydra() -> Iterator[None]:
-    register_configs()
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(config_dir()), version_base=None):
-        yield
-    GlobalHydra.instance().clear()
+pytestmark = pytest.mark.usefixtures("hydra_configs")
 
 
 def configure(folder: Path, *overrides: str) -> EvalConf:

@@ -9,13 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
+from hydra import compose
 from omegaconf import OmegaConf
 
 import lrsa.evaluate
 import lrsa.train
-from lrsa.config import config_dir, register_configs
 from lrsa.evaluate import run_evaluation
 from lrsa.evaluation.errors import EvaluationInputError
 from lrsa.evaluation.journal import JOURNAL_FILE
@@ -57,13 +55,7 @@ TRAIN = [
 CLOCK = ("seconds", "tokens_per_second")
 
 
-@pytest.fixture(autouse=True)
-def _hydra() -> Iterator[None]:
-    register_configs()
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(config_dir()), version_base=None):
-        yield
-    GlobalHydra.instance().clear()
+pytestmark = pytest.mark.usefixtures("hydra_configs")
 
 
 @pytest.fixture(autouse=True)

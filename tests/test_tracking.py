@@ -13,13 +13,12 @@ from typing import Any
 
 import pytest
 import wandb
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
+from hydra import compose
 from omegaconf import OmegaConf
 from wandb.util import get_core_path
 
 from lrsa.bench import run as run_benchmark
-from lrsa.config import BenchConf, LoggerConf, TrainConf, config_dir, register_configs
+from lrsa.config import BenchConf, LoggerConf, TrainConf
 from lrsa.results import Record
 from lrsa.results.summary import TrackedName, headline, tracked_metrics
 from lrsa.results.wandb_export import load_wandb
@@ -55,13 +54,7 @@ SETTINGS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _hydra() -> Iterator[None]:
-    register_configs()
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(config_dir()), version_base=None):
-        yield
-    GlobalHydra.instance().clear()
+pytestmark = pytest.mark.usefixtures("hydra_configs")
 
 
 def trained(folder: Path, *overrides: str) -> Record:

@@ -4,27 +4,17 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from lrsa.results.keys import flat
 from lrsa.results.record import NOT_IN_ID, Record
 from lrsa.results.store import Setting
 
 ABSENT = "absent"  # stands for a key that a config does not have
 # names of a run, and what seeds are: arms are the same where these differ
 _NOT_OF_AN_ARM = ("run.arm", "run.name", "run.seed", "run.study", *NOT_IN_ID)
-
-
-def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The leaves of a config by dotted key; lists and empty mappings are leaves."""
-    found: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping) and value:
-            found |= flat(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = value
-    return found
 
 
 def shown(value: Any) -> str:

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lrsa.results.diffs import differences, flat, short_names, shown
+from lrsa.results.diffs import differences, short_names, shown
+from lrsa.results.keys import flat
 from lrsa.results.record import Record
 from lrsa.results.statistics import Interval, mean_over_seeds
 from lrsa.results.store import Setting

@@ -61,7 +61,7 @@ def _of_cells(record: Record) -> Iterable[str]:
 
 
 def flat(config: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """A config with dotted keys: `{"attention.lag_size": 128}`."""
+    """The leaves of a config by dotted key, `{"attention.lag_size": 128}`; lists and empty mappings are leaves."""
     leaves: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, Mapping) and value:

@@ -1,18 +1,16 @@
 """`sweeps/*.yaml`: what W&B's server asks of a sweep, command lines that compose, and a metric that a run logs."""
 
 import itertools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
+from hydra import compose
 from omegaconf import OmegaConf
 from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
-from lrsa.config import TrainConf, config_dir, register_configs
+from lrsa.config import TrainConf
 from lrsa.results import Record
 from lrsa.results.summary import SCORE, tracked_metrics
 from lrsa.validation import check_train
@@ -31,13 +29,7 @@ def ends(parameter: dict[str, Any]) -> list[Any]:
     return [parameter["min"], parameter["max"]]
 
 
-@pytest.fixture(autouse=True)
-def _hydra() -> Iterator[None]:
-    register_configs()
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(config_dir()), version_base=None):
-        yield
-    GlobalHydra.instance().clear()
+pytestmark = pytest.mark.usefixtures("hydra_configs")
 
 
 def test_there_is_one_of_each_method() -> None:

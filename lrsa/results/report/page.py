@@ -14,10 +14,11 @@ from typing import Any
 
 import jinja2
 
-from lrsa.results.diffs import flat, shown, told_apart
+from lrsa.results.diffs import shown, told_apart
 from lrsa.results.figures.frames import styles_of
 from lrsa.results.figures.style import COLOURS, MARKERS, ArmStyle, arm_styles
 from lrsa.results.grids import NothingToShow
+from lrsa.results.keys import flat
 from lrsa.results.record import Record
 from lrsa.results.report.charts import HEIGHT, LEFT, RIGHT, WIDTH, Chart
 from lrsa.results.report.sections import (
