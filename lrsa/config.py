@@ -243,6 +243,7 @@ class TableConf:
     title: str = "Post-training x inference compression"
     rows: list[str] = field(default_factory=lambda: ["arm"])  # keys of record, config or cell whose values make a row
     columns: list[str] = field(default_factory=lambda: ["compression"])  # likewise a column
+    rows_title: str | None = None  # above the rows' names; null: "post-trained with", or the keys of rows
     arms: list[str] = field(default_factory=list)  # rows in this order, as they are called; []: all, by name
     seeds: Any = None  # that the arms are to have, [0, 1, 2] or {arm: [0]}: one that no record gives is named
     reference: Any = None  # row that differences are to, {arm: its own}, or full: its full cache; default: the first
