@@ -1,7 +1,7 @@
 """What `lrsa-eval mode=selection` found: the file beside its record, its numbers by name, and tables of it.
 
 The file is a mapping: `names`, how the two models are called, and `cells`, one a task and compression, with `layers`,
-those that compress, and `survival`, `agreement` and `swap` as `lrsa.evaluation.selection.statistics` returns them.
+those that choose, and `survival`, `agreement` and `swap` as `lrsa.evaluation.selection.statistics` returns them.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ class Gathered:
         self.held: dict[str, list[np.ndarray]] = {}
         self.common: dict[Pair, list[np.ndarray]] = {}
         self.ranked: dict[Pair, list[np.ndarray]] = {}
-        self.layers: list[int] = []  # that compress
+        self.layers: list[int] = []  # that choose
 
     def add_scores(self, pair: Pair, indices: Sequence[int], samples: Sequence[Sample], found: list[Outcome]) -> None:
         flat = iter(found)
@@ -64,10 +64,9 @@ class Gathered:
         return agreement(common, ranked[ranked > 0], resamples) if common.size else None
 
     def base(self, name: str) -> np.ndarray:
-        """``[Y]``: the share of compressed tokens that are kept, mean over samples and heads."""
-        ranked = np.concatenate(self.ranked[name, name])
-        kept = np.concatenate(self.common[name, name], 2)[1][:, ranked > 0]
-        return (kept / ranked[ranked > 0][:, None]).mean((1, 2))
+        """``[Y]``: the share of compressed tokens that are kept, mean over heads."""
+        ranked, kept = np.concatenate(self.ranked[name, name]).sum(), np.concatenate(self.common[name, name], 2)[1]
+        return kept.sum(1).mean(1) / max(ranked, 1)
 
 
 def analyse(
@@ -168,6 +167,11 @@ def _read(
                 with selecting(recorder):
                     gathered.add_scores((name, name), indices, rows, _score(each, tokenizer, rows, column, conf))
                 gathered.layers = sorted(recorder.kept)
+                if not gathered.layers:
+                    raise EvaluationInputError(
+                        f"no layer chooses at {column.compression:g}x: each is dense (evaluation.attention.dense_layers="
+                        f"{list(attention.dense_layers)}), or keeps nothing"
+                    )
                 gathered.held.setdefault(name, []).append(recorder.held())
                 gathered.add_common((name, name), recorder, recorder.layers)
                 for rival, kept in recorder.rival_kept.items():

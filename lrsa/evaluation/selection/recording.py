@@ -101,7 +101,8 @@ class Recorder:
         self.rival_kept: dict[str, list[Tensor]] = {name: [] for name in rivals}  # compressed tokens alone
 
     def __call__(self, inputs: LayerInputs) -> Tensor | None:
-        if inputs.config.for_layer(inputs.layer_idx) is None:
+        layer = inputs.config.for_layer(inputs.layer_idx)
+        if layer is None or layer.geometry.kept == 0:  # all or nothing: no choice to note
             return None
         kept = self.kept[inputs.layer_idx] = kept_by(inputs)
         for name, rival in self.rivals.items():
