@@ -180,7 +180,7 @@ def test_two_models_against_a_loop(
         for one in asked:
             last = GEOMETRY.raw_start(GEOMETRY.selected_partitions(one.asked))
             (answer,) = one.found["answer"]
-            if 4 <= answer[0] and answer[-1] < last:
+            if answer[0] >= 4 and answer[-1] < last:
                 for name, layers in (("own", mine), ("against", theirs)):
                     held[name].append(torch.stack(layers)[:, 0][:, :, list(answer)].double().mean((1, 2)))
         with selecting(lambda inputs, kept=theirs: kept[inputs.layer_idx]):
@@ -239,7 +239,7 @@ def test_what_cannot_be_compared_is_refused(
     conf = configure()
     tasks = load_tasks(tokenizer, conf, None)
     settings = SelectionConf(against="another")
-    with pytest.raises(EvaluationInputError, match="selection.against=another has another shape than the model"):
+    with pytest.raises(EvaluationInputError, match=r"selection\.against=another has another shape than the model"):
         analyse(recall_model, model, tokenizer, conf, settings, tasks, progress=False)
     conf.attention.dense_layers = [0, 1]
     with pytest.raises(EvaluationInputError, match=r"no layer chooses at 4x: each is dense .*dense_layers=\[0, 1\]"):

@@ -169,8 +169,8 @@ def _read(
                 gathered.layers = sorted(recorder.kept)
                 if not gathered.layers:
                     raise EvaluationInputError(
-                        f"no layer chooses at {column.compression:g}x: each is dense (evaluation.attention.dense_layers="
-                        f"{list(attention.dense_layers)}), or keeps nothing"
+                        f"no layer chooses at {column.compression:g}x: each is dense (evaluation.attention.dense_layers"
+                        f"={list(attention.dense_layers)}), or keeps nothing"
                     )
                 gathered.held.setdefault(name, []).append(recorder.held())
                 gathered.add_common((name, name), recorder, recorder.layers)
