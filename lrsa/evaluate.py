@@ -11,6 +11,7 @@ import dataclasses
 import gzip
 import hashlib
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -160,9 +161,9 @@ def _run_selection(conf: EvalConf, tokenizer: PreTrainedTokenizerBase, record: R
     cells, outcomes, found = analyse(model, other, tokenizer, evaluation, conf.selection, tasks, conf.trainer.progress)
     selection = write_selection(record.folder, names, found)
     finish(record, logger, cells, outcomes, selection_metrics(found))
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else WIDE)
     for table in selection_tables(selection):
-        console.print(table, width=None if console.is_terminal else WIDE)
+        console.print(table)
     for factor in dict.fromkeys(cell["compression"] for cell in found) if conf.selection.figure else ():
         with contextlib.suppress(NothingToShow):  # the table has said so
             save_figure(selection_figure(selection, factor), record.folder, f"selection_{factor:g}x")
