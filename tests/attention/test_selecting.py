@@ -65,6 +65,34 @@ def test_forcing_a_models_own_selection_changes_no_bit(name: str, backend: str, 
     assert torch.equal(logits_of(model, padded), plain), "nothing stays behind"
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention needs CUDA")
+@pytest.mark.parametrize("tokens_a_row", [2192, 2256], ids=["end of a partition", "within one"])
+def test_on_a_gpu_neither_under_autocast(tokens_a_row: int) -> None:
+    config = SparseAttentionConfig(sink_size=16, lag_size=128)
+    model = model_of("llama", None).cuda()
+    set_attention(model, config, backend="flex")
+    ids = tokens(2, tokens_a_row).cuda()
+    answers = torch.zeros_like(ids, dtype=torch.bool)
+    answers[:, -8:] = True
+    kept: list[torch.Tensor] = []
+
+    def record(inputs: LayerInputs) -> torch.Tensor:
+        kept.append(kept_by(inputs))
+        return kept[-1]
+
+    def scored() -> torch.Tensor:
+        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+            return target_logits(model, ids, answers)[0]
+
+    plain = scored()
+    with selecting(record):
+        assert torch.equal(scored(), plain)
+    with selecting(lambda inputs: kept[inputs.layer_idx]):
+        assert torch.equal(scored(), plain)
+    with selecting(lambda inputs: kept[inputs.layer_idx].flip(1)):
+        assert not torch.equal(scored(), plain)
+
+
 def test_a_selection_that_does_not_fit_is_refused() -> None:
     model = model_of("llama", SparseAttentionConfig(sink_size=4, lag_size=16))
     refused = pytest.raises(ValueError, match="kept= has between 16 and 16 tokens a partition, the config keeps 4")
