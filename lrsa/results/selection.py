@@ -1,7 +1,8 @@
 """What `lrsa-eval mode=selection` found: the file beside its record, its numbers by name, and tables of it.
 
 The file is a mapping: `names`, how the two models are called, and `cells`, one a task and compression, with `layers`,
-those that choose, and `survival`, `agreement` and `swap` as `lrsa.evaluation.selection.statistics` returns them.
+those that choose, and `survival`, `agreement` and `swap` as `lrsa.evaluation.selection.statistics` returns them;
+`survival_by_rule` is what would survive if other rules ranked the same inputs.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ def read_selection(folder: str | Path) -> dict[str, Any]:
 def selection_metrics(cells: Sequence[Found]) -> dict[str, float]:
     """For a record, `selection/<task>/<what>/4x`; shares as fractions, `own` and `against` as the file has them:
 
-    survival.answer.own, enrichment.answer.own, whole.answer.own (in one layer at least); agreement.own.oracle;
+    survival.answer.own, enrichment.answer.own, whole.answer.own (in one layer at least), whole.answer.own.oracle (if
+    the oracle had chosen); agreement.own.oracle;
     exact.own.against, of own weights under the other's selection; nll likewise; and the differences,
     effect.exact.selection_under_own_weights.
     """
@@ -56,6 +58,11 @@ def selection_metrics(cells: Sequence[Found]) -> dict[str, float]:
                 if of is not None:
                     named |= {f"{name}.{kind}.{model}": of[name] for name in ("survival", "enrichment")}
                     named[f"whole.{kind}.{model}"] = of["whole"]["in_a_layer"]
+        for rule in cell["survival_by_rule"]:
+            of = rule["found"]["answer"]
+            if of is not None:
+                named[f"survival.answer.{rule['of']}.{rule['by']}"] = of["survival"]
+                named[f"whole.answer.{rule['of']}.{rule['by']}"] = of["whole"]["in_a_layer"]
         for pair in cell["agreement"]:
             if pair["found"] is not None:
                 named[f"agreement.{pair['of']}.{pair['with']}"] = pair["found"]["shared"]
@@ -86,14 +93,16 @@ def _survival(names: Mapping[str, str], cells: Sequence[Found]) -> Table:
         ("n", "held", "chance", "enrichment", "whole in a layer", "whole in all heads"),
     )
     for cell in cells:
-        for model, kinds in cell["survival"].items():
-            for kind, of in kinds.items():
-                if of is not None:
-                    whole = of["whole"]
-                    numbers = of["base"], None, whole["in_a_layer"], whole["anywhere"]
-                    shares = ["" if x is None else f"{100 * x:.1f}" for x in numbers]
-                    shares[1] = f"{of['enrichment']:.2f}x"
-                    table.add_row(*_place(cell), names[model], kind, f"{of['n']}", _percent(of, "survival"), *shares)
+        rows = [(names[m], kind, of) for m, kinds in cell["survival"].items() for kind, of in kinds.items()]
+        rules = [rule for rule in cell["survival_by_rule"] if rule["of"] == "own"]
+        rows += [(f"{names['own']}, if {rule['by']}", "answer", rule["found"]["answer"]) for rule in rules]
+        for model, kind, of in rows:
+            if of is not None:
+                shares = [
+                    f"{100 * share:.1f}" for share in (of["base"], of["whole"]["in_a_layer"], of["whole"]["anywhere"])
+                ]
+                shares.insert(1, f"{of['enrichment']:.2f}x")
+                table.add_row(*_place(cell), model, kind, f"{of['n']}", _percent(of, "survival"), *shares)
     return table
 
 

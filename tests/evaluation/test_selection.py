@@ -199,6 +199,10 @@ def test_two_models_against_a_loop(
     assert set(rivals) == {("own", "against"), *((m, r) for m in ("own", "against") for r in RIVALS.scorers)}
     assert abs(rivals["own", "random"]["shared"] - 0.25) < 0.05 and rivals["own", "random"]["n"] == 4
     assert 0.25 < rivals["own", "oracle"]["shared"] < 1
+    rules = {(rule["of"], rule["by"]): rule["found"] for rule in found["survival_by_rule"]}
+    assert set(rules) == set(rivals) - {("own", "against")}
+    by_random, own = rules["own", "random"]["passage"], found["survival"]["own"]["passage"]
+    assert abs(by_random["enrichment"] - 1) < 0.5 and 0 < by_random["n"] < own["n"], "of four samples alone"
 
 
 def test_a_model_agrees_with_itself_and_its_own_selection_changes_nothing(
@@ -231,6 +235,10 @@ def test_one_model_alone_and_layers_that_do_not_choose(
     assert found["survival"]["own"]["passage"]["base_by_layer"] == shares
     (rival,) = found["agreement"]
     assert rival["found"]["chance_by_layer"] == shares, "it keeps as many tokens as the layer"
+    conf.attention.scorer = "lag_relative"
+    _, _, (found,) = analyse(model, None, tokenizer, conf, settings, tasks, progress=False)
+    (rule,) = found["survival_by_rule"]
+    assert rule["found"] == found["survival"]["own"], "a rule that is the model's own keeps what it keeps"
 
 
 def test_what_cannot_be_compared_is_refused(

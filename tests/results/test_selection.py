@@ -59,6 +59,7 @@ CELL = {
         "own": {"answer": survived([0.5, 0.75]), "key": None, "passage": survived([0.25, 0.25])},
         "against": {"answer": survived([0.25, 0.5]), "key": None, "passage": survived([0.25, 0.25])},
     },
+    "survival_by_rule": [{"of": "own", "by": "oracle", "found": {"answer": survived([1.0, 0.5])}}],
     "agreement": [
         {"of": "own", "with": "oracle", "found": agreed([0.5, 0.75])},
         {"of": "against", "with": "oracle", "found": agreed([0.25, 0.5])},
@@ -81,6 +82,7 @@ def test_numbers_by_name() -> None:
     assert metrics["selection/needles/survival.answer.own/4x"] == 0.625
     assert metrics["selection/needles/enrichment.answer.against/4x"] == 1.5
     assert metrics["selection/needles/whole.answer.own/4x"] == 0.625
+    assert metrics["selection/needles/survival.answer.own.oracle/4x"] == 0.75
     assert metrics["selection/needles/agreement.own.oracle/4x"] == 0.625
     assert metrics["selection/needles/exact.own.against/4x"] == pytest.approx(0.2)
     assert metrics["selection/needles/effect.nll.selection_under_own_weights/4x"] == -0.125
@@ -104,10 +106,17 @@ def test_the_tables_say_it() -> None:
             console.print(table)
     lines = [" ".join(line.split()) for line in captured.get().splitlines()]
     assert "needles 4x LRSA 4x answer 40 62.5 [52.5, 72.5] 25.0 2.50x 62.5 87.5" in lines
+    assert "needles 4x LRSA 4x, if oracle answer 40 75.0 [65.0, 85.0] 25.0 3.00x 62.5 87.5" in lines
     assert "needles 4x LRSA 4x base 16 75.0 [75.0, 75.0] 25.0 20.0 50.0 100.0" in lines
     assert "needles 4x LRSA 4x base 40 20.0 [15.0, 25.0] 2.000 [1.500, 2.500]" in lines
     assert any("selection under LRSA 4x's weights 40 +20.0 [+15.0, +25.0] -0.125" in line for line in lines)
-    alone = {**CELL, "survival": {"own": CELL["survival"]["own"]}, "agreement": [], "swap": None}
+    alone = {
+        **CELL,
+        "survival": {"own": CELL["survival"]["own"]},
+        "survival_by_rule": [],
+        "agreement": [],
+        "swap": None,
+    }
     assert len(list(selection_tables({"names": {"own": "x"}, "cells": [alone]}))) == 1
 
 

@@ -34,11 +34,16 @@ OWN, AGAINST = "own", "against"
 
 
 class Gathered:
-    """What the batches of a cell come to."""
+    """What the batches of a cell come to, by pairs: a model, and whose selection, its own or another model's or rule's.
+
+    scored: outcomes of each sample, by its index; tokens, held: which of the tokens looked for, and `Recorder.held` of
+    them, a batch; common, ranked: `Recorder.common`, and the compressed tokens of each sample.
+    """
 
     def __init__(self) -> None:
         self.scored: dict[Pair, dict[int, list[Outcome]]] = {}
-        self.held: dict[str, list[np.ndarray]] = {}
+        self.tokens: dict[Pair, list[np.ndarray]] = {}
+        self.held: dict[Pair, list[np.ndarray]] = {}
         self.common: dict[Pair, list[np.ndarray]] = {}
         self.ranked: dict[Pair, list[np.ndarray]] = {}
         self.layers: list[int] = []  # that choose
@@ -63,10 +68,23 @@ class Gathered:
         common = np.concatenate(self.common[pair], 2)[:, :, ranked > 0]
         return agreement(common, ranked[ranked > 0], resamples) if common.size else None
 
-    def base(self, name: str) -> np.ndarray:
-        """``[Y]``: the share of compressed tokens that are kept, mean over heads."""
-        ranked, kept = np.concatenate(self.ranked[name, name]).sum(), np.concatenate(self.common[name, name], 2)[1]
-        return kept.sum(1).mean(1) / max(ranked, 1)
+    def add_held(self, pair: Pair, tokens: np.ndarray, held: np.ndarray) -> None:
+        self.tokens.setdefault(pair, []).append(tokens)
+        self.held.setdefault(pair, []).append(held)
+
+    def survival(self, pair: Pair, looked: Looked, resamples: int) -> dict[str, Any]:
+        """By kind. Batches hold samples of similar length, `looked` has the samples in their own order."""
+        ranked, kept = np.concatenate(self.ranked[pair]).sum(), np.concatenate(self.common[pair], 2)[2]
+        base = kept.sum(1).mean(1) / max(ranked, 1)
+        tokens, held = np.concatenate(self.tokens[pair]), np.concatenate(self.held[pair], 1)
+        order = np.argsort(tokens)
+        tokens, held = tokens[order], held[:, order]
+        found = {}
+        for kind, rows in looked.rows.items():
+            first, stop = np.searchsorted(tokens, [rows.start, rows.stop])
+            wanted = looked.wanted[kind].part(tokens[first:stop] - rows.start)
+            found[kind] = survival(held[:, first:stop], wanted, base, resamples)
+        return found
 
 
 def analyse(
@@ -148,7 +166,6 @@ def _read(
 ) -> Gathered:
     assert column.attention is not None
     gathered, attention = Gathered(), column.attention
-    order: list[np.ndarray] = []
     rivals = {
         name: replace(attention, scorer=name, scorer_args={}, budget="uniform", dense_layers=())
         for name in settings.scorers
@@ -159,7 +176,6 @@ def _read(
         for indices in batches_of_similar_length([len(sample.input_ids) for sample in column.samples], conf.batch_size):
             rows = [column.samples[index] for index in indices]
             batch, tokens = batch_of(rows, indices, looked, attention.geometry, next(iter(models.values())).device)
-            order.append(tokens)
             recorders = {}
             for name, each in models.items():
                 ranking = min(indices) < settings.scorer_samples
@@ -172,9 +188,10 @@ def _read(
                         f"no layer chooses at {column.compression:g}x: each is dense (evaluation.attention.dense_layers"
                         f"={list(attention.dense_layers)}), or keeps nothing"
                     )
-                gathered.held.setdefault(name, []).append(recorder.held())
+                gathered.add_held((name, name), tokens, recorder.held(recorder.layers))
                 gathered.add_common((name, name), recorder, recorder.layers)
                 for rival, kept in recorder.rival_kept.items():
+                    gathered.add_held((name, rival), tokens, recorder.held(kept))
                     gathered.add_common((name, rival), recorder, kept)
             for name, chosen in _swaps(models):
                 with selecting(recorders[chosen].again):
@@ -183,10 +200,6 @@ def _read(
             if AGAINST in recorders:
                 gathered.add_common((OWN, AGAINST), recorders[OWN], recorders[AGAINST].layers)
             bar.advance(len(rows), sum(sample.length for sample in rows))
-    # batches hold samples of similar length, `looked` the samples in their own order
-    back = np.argsort(np.concatenate(order))
-    for name, parts in gathered.held.items():
-        gathered.held[name] = [np.concatenate(parts, 1)[:, back]]
     return gathered
 
 
@@ -211,13 +224,12 @@ def _score(
 def _found(
     gathered: Gathered, looked: Looked, column: Column, models: Mapping[str, PreTrainedModel], resamples: int
 ) -> dict[str, Any]:
-    survived = {
-        name: {
-            kind: survival(gathered.held[name][0][:, looked.rows[kind]], wanted, gathered.base(name), resamples)
-            for kind, wanted in looked.wanted.items()
-        }
-        for name in models
-    }
+    survived = {name: gathered.survival((name, name), looked, resamples) for name in models}
+    rules = [
+        {"of": of, "by": by, "found": gathered.survival((of, by), looked, resamples)}
+        for of, by in gathered.held
+        if of != by
+    ]
     pairs = [pair for pair in gathered.common if pair[0] != pair[1]]
     agreed = [{"of": of, "with": by, "found": gathered.agreement((of, by), resamples)} for of, by in pairs]
     swapped = None
@@ -229,6 +241,7 @@ def _found(
         "samples": len(column.samples),
         "layers": gathered.layers,
         "survival": survived,
+        "survival_by_rule": rules,
         "agreement": agreed,
         "swap": swapped,
     }

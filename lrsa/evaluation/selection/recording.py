@@ -119,9 +119,9 @@ class Recorder:
     def layers(self) -> list[Tensor]:
         return [self.kept[layer] for layer in sorted(self.kept)]
 
-    def held(self) -> np.ndarray:
-        """bool ``[Y, M, H]``: of the tokens that are looked for."""
-        return np.asarray(torch.stack([kept[self.batch.rows, :, self.batch.positions] for kept in self.layers]).cpu())
+    def held(self, selection: Sequence[Tensor]) -> np.ndarray:
+        """bool ``[Y, M, H]``: which of the tokens that are looked for a `selection` of each layer holds."""
+        return np.asarray(torch.stack([kept[self.batch.rows, :, self.batch.positions] for kept in selection]).cpu())
 
     def common(self, other: Sequence[Tensor]) -> np.ndarray:
         """``[3, Y, B, H]``: compressed tokens that this and the `other` selection keep in common, and each of them."""

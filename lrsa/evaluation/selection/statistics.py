@@ -33,6 +33,11 @@ class Wanted:
     def n(self) -> int:
         return len(self.depth)
 
+    def part(self, tokens: NDArray[np.int64]) -> Wanted:
+        """Of some questions alone: all their `tokens`, in order."""
+        question = self.question[tokens]
+        return Wanted(question, self.occurrence[tokens], self.depth[np.unique(question)])
+
 
 def survival(
     held: NDArray[np.bool_], wanted: Wanted, base: NDArray[np.float64], resamples: int
@@ -110,7 +115,9 @@ def agreement(common: NDArray[np.float64], ranked: NDArray[np.float64], resample
         layer.
     """
     both, mine, theirs = common
-    shared, jaccard, chance = both / mine, both / (mine + theirs - both), theirs / ranked[:, None]
+    # an adaptive budget may leave a head nothing, which then has nothing in common
+    shared, jaccard = both / np.maximum(mine, 1), both / np.maximum(mine + theirs - both, 1)
+    chance = theirs / ranked[:, None]
     return {
         "n": both.shape[1],
         **_stated("shared", bootstrap_mean(shared.mean((0, 2)), resamples)),
