@@ -76,9 +76,10 @@ def selection_metrics(cells: Sequence[Found]) -> dict[str, float]:
 
 
 def selection_tables(found: Found) -> Iterator[Table]:
-    """For the terminal: survival, agreement, and where there are two models the swap."""
+    """For the terminal: survival, the same by depth, agreement, and where there are two models the swap."""
     names, cells = found["names"], found["cells"]
     yield _survival(names, cells)
+    yield _depth(names, cells)
     if any(cell["agreement"] for cell in cells):
         yield _agreement(names, cells)
     if any(cell["swap"] for cell in cells):
@@ -90,12 +91,12 @@ def _survival(names: Mapping[str, str], cells: Sequence[Found]) -> Table:
     table = _table(
         "What survives until the answer: tokens held, %, mean over heads and layers; chance is the share of all tokens",
         ("task", "", "model", "of the"),
-        ("n", "held", "chance", "enrichment", "whole in a layer", "whole in all heads"),
+        ("n", "held", "chance", "enrichment", "whole in a layer", "in all layers"),
     )
     for cell in cells:
         rows = [(names[m], kind, of) for m, kinds in cell["survival"].items() for kind, of in kinds.items()]
         rules = [rule for rule in cell["survival_by_rule"] if rule["of"] == "own"]
-        rows += [(f"{names['own']}, if {rule['by']}", "answer", rule["found"]["answer"]) for rule in rules]
+        rows += [(f"{names['own']}, by {rule['by']}", "answer", rule["found"]["answer"]) for rule in rules]
         for model, kind, of in rows:
             if of is not None:
                 shares = [
@@ -103,6 +104,21 @@ def _survival(names: Mapping[str, str], cells: Sequence[Found]) -> Table:
                 ]
                 shares.insert(1, f"{of['enrichment']:.2f}x")
                 table.add_row(*_place(cell), model, kind, f"{of['n']}", _percent(of, "survival"), *shares)
+    return table
+
+
+def _depth(names: Mapping[str, str], cells: Sequence[Found]) -> Table:
+    answers = [(cell, name, cell["survival"][model]["answer"]) for cell in cells for model, name in names.items()]
+    parts = [part for _, _, of in answers if of is not None for part in of["by_depth"]]
+    columns = sorted({(part["from"], part["to"]) for part in parts})
+    titles = [f"{100 * first:.0f} to {100 * last:.0f}" for first, last in columns]
+    table = _table(
+        "Answers' tokens held, %, by the depth of the answer in the context, %", ("task", "", "model"), titles
+    )
+    for cell, name, of in answers:
+        if of is not None:
+            shares = {part["from"]: f"{100 * part['survival']:.1f} (n {part['n']})" for part in of["by_depth"]}
+            table.add_row(*_place(cell), name, *(shares.get(first, "") for first, _ in columns))
     return table
 
 

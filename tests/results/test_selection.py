@@ -25,6 +25,7 @@ def survived(by_layer: list[float]) -> dict:
         "base": 0.25,
         "enrichment": 4 * mean,
         "by_layer": by_layer,
+        "by_depth": [{"from": 0.2, "to": 0.4, "n": 40, "survival": mean}],
         "enrichment_by_layer": [4 * value for value in by_layer],
         "whole": {"by_layer": by_layer, "through": by_layer, "in_a_layer": 0.625, "anywhere": 0.875},
     }
@@ -106,9 +107,10 @@ def test_the_tables_say_it() -> None:
             console.print(table)
     lines = [" ".join(line.split()) for line in captured.get().splitlines()]
     assert "needles 4x LRSA 4x answer 40 62.5 [52.5, 72.5] 25.0 2.50x 62.5 87.5" in lines
-    assert "needles 4x LRSA 4x, if oracle answer 40 75.0 [65.0, 85.0] 25.0 3.00x 62.5 87.5" in lines
+    assert "needles 4x LRSA 4x, by oracle answer 40 75.0 [65.0, 85.0] 25.0 3.00x 62.5 87.5" in lines
     assert "needles 4x LRSA 4x base 16 75.0 [75.0, 75.0] 25.0 20.0 50.0 100.0" in lines
     assert "needles 4x LRSA 4x base 40 20.0 [15.0, 25.0] 2.000 [1.500, 2.500]" in lines
+    assert "needles 4x base 37.5 (n 40)" in lines and any("20 to 40" in line for line in lines)
     assert any("selection under LRSA 4x's weights 40 +20.0 [+15.0, +25.0] -0.125" in line for line in lines)
     alone = {
         **CELL,
@@ -117,7 +119,7 @@ def test_the_tables_say_it() -> None:
         "agreement": [],
         "swap": None,
     }
-    assert len(list(selection_tables({"names": {"own": "x"}, "cells": [alone]}))) == 1
+    assert len(list(selection_tables({"names": {"own": "x"}, "cells": [alone]}))) == 2
 
 
 def test_the_figure_shows_each_model_and_pair(tmp_path: Path) -> None:
