@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lrsa.attention.config import SparseAttentionConfig
 from lrsa.attention.layout import Geometry
+from lrsa.attention.noise import perturbed
 from lrsa.attention.prompts import HOW_TO_TELL
 from lrsa.attention.scorers import Partitions, Prompt, Scorer
 
@@ -108,7 +109,7 @@ def _select(
     score = _compiled() if key.is_cuda and torch.is_grad_enabled() else _score
     with torch.autocast(key.device.type, enabled=False):  # scores are float32 whatever the model computes in
         scores = score(scorer, key, value, query, geometry, partitions, first, origin, layer_idx, scale)
-    kept = best(scores, geometry.kept)
+    kept = best(perturbed(scores, scorer), geometry.kept)
     starts = torch.arange(first, first + partitions, device=key.device) * geometry.lag + geometry.sink
     return (kept + starts[:, None]).flatten(-2)
 
@@ -151,7 +152,7 @@ def _select_freely(
         parts = replace(parts, prompt=Prompt(query.unflatten(1, (key.shape[1], -1)), key, prompt_lengths))
     with torch.autocast(key.device.type, enabled=False):
         scores = scorer(parts)
-    return (share_over_heads if parsed.budget == "adaptive" else _mark_highest)(scores, parts.kept)
+    return (share_over_heads if parsed.budget == "adaptive" else _mark_highest)(perturbed(scores, scorer), parts.kept)
 
 
 def _select_freely_shape(

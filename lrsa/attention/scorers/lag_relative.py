@@ -17,6 +17,7 @@ class LagRelative(Scorer):
 
     value_weight: float = 1.0
     comparable: ClassVar[bool] = True  # each softmax shares out 1 over the partition
+    proportional: ClassVar[bool] = True
     paper: ClassVar[str] = "https://arxiv.org/abs/2504.04704"
 
     def __call__(self, partitions: Partitions) -> Tensor:
