@@ -118,7 +118,8 @@ class RecipeConf:
     compressions: list[float] = field(default_factory=list)  # one is drawn a step; []: the attention's own ratio
     schedule: str = "drawn"  # annealed: the compressions in their order, an equal share of the steps each
     # Gumbel noise of this scale on the logarithm of a rule's scores (standardised, where they are no amounts: key norm,
-    # KeyDiff, positions) before the top K. 1: kept in proportion to the score. Training alone
+    # KeyDiff, positions) before the top K, fresh each micro-batch, in training alone. 1: kept in proportion to the
+    # score. LagKV's scores are nearly flat: 0.01 moves a quarter of what it keeps, 0.2 is almost random
     score_noise: float = 0.0
     random_share: float = 0.0  # of the steps, drawn by seed and step: tokens are kept at random instead of by the rule
     distillation: DistillationConf = field(default_factory=DistillationConf)
