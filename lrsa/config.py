@@ -122,6 +122,7 @@ class RecipeConf:
     # score. LagKV's scores are nearly flat: 0.01 moves a quarter of what it keeps, 0.2 is almost random
     score_noise: float = 0.0
     random_share: float = 0.0  # of the steps, drawn by seed and step: tokens are kept at random instead of by the rule
+    straight_through: bool = False  # kept tokens' scores get a gradient, through their values; the output is the same
     distillation: DistillationConf = field(default_factory=DistillationConf)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lrsa.attention import SparseAttentionConfig
+from lrsa.attention.huggingface import set_straight_through
 from lrsa.attention.noise import noisy_selection
 from lrsa.config import RecipeConf
 from lrsa.models import set_attention
@@ -108,10 +109,12 @@ class PostTraining(LightningModule):
         # from_pretrained hands out models in eval mode, where neither dropout nor activation checkpointing acts.
         self.train()
         self._activate(self.attention)
+        set_straight_through(self.model, self.recipe.straight_through)
         if self.distillation is not None:
             self.distillation.to(self.device)
 
     def on_fit_end(self) -> None:
+        set_straight_through(self.model, False)
         self._activate(self.attention)
 
     def step_attention(self, step: int) -> tuple[SparseAttentionConfig | None, float | None]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from lrsa.attention.config import ONCE
+from lrsa.attention.straight_through import DIFFERENTIABLE
 from lrsa.config import AttentionConf, DistillationConf, RecipeConf
 from lrsa.training.distillation import SELF
 from lrsa.training.schedule import ANNEALED, SCHEDULES
@@ -15,6 +17,7 @@ def problems_of(conf: RecipeConf, attention: AttentionConf) -> Iterator[str]:
     dense = _never_compresses(conf, attention)
     yield from _schedule(conf)
     yield from _noise(conf, attention, dense)
+    yield from _straight_through(conf, attention, dense)
     yield from _distillation(conf.distillation, dense)
 
 
@@ -65,6 +68,26 @@ def _noise(conf: RecipeConf, attention: AttentionConf, dense: str | None) -> Ite
                 f"recipe.{name}={value} acts on what a selection keeps, but attention.top_k=0 keeps nothing of a "
                 f"partition: raise it, or recipe.{name}=0"
             )
+
+
+def _straight_through(conf: RecipeConf, attention: AttentionConf, dense: str | None) -> Iterator[str]:
+    if not conf.straight_through:
+        return
+    where = "recipe.straight_through=true gives the scores of kept tokens a gradient"
+    if dense:
+        yield f"{where}, but {dense} keeps everything: choose a sparse attention that compresses, or set it false"
+    elif attention.scorer not in DIFFERENTIABLE:
+        yield (
+            f"{where}, and those of attention.scorer={attention.scorer} have none: choose one of "
+            f"{', '.join(DIFFERENTIABLE)}, or set it false"
+        )
+    if attention.budget == "adaptive" or attention.schedule == ONCE:
+        yield (
+            f"{where} in gather and flex alone, not with attention.budget={attention.budget} and attention.schedule="
+            f"{attention.schedule}: choose budget=uniform and schedule=chunked, or set it false"
+        )
+    if conf.random_share == 1:
+        yield f"{where}, which no step asks for with recipe.random_share=1: set one of them to its default"
 
 
 def _distillation(conf: DistillationConf, dense: str | None) -> Iterator[str]:

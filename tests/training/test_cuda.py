@@ -27,15 +27,17 @@ class Graphs(Callback):
         self.seen.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
+@pytest.mark.parametrize("straight_through", [False, True], ids=["plain", "straight-through"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
 def test_nothing_is_compiled_anew_from_step_to_step(
-    checkpointing: bool, make_model: Callable[..., PreTrainedModel], tmp_path: Path
+    checkpointing: bool, straight_through: bool, make_model: Callable[..., PreTrainedModel], tmp_path: Path
 ) -> None:
     # heads of 16, FlexAttention's least
     model = make_model(hidden_size=64, backend="flex", gradient_checkpointing=checkpointing)
     attention = SparseAttentionConfig(sink_size=2, lag_size=8, keep_ratio=0.5)
     recipe = RecipeConf(
         steps=12, batch_size=4, micro_batch_size=2, warmup_steps=2, score_noise=0.02, random_share=0.5,
+        straight_through=straight_through,
         distillation=DistillationConf(weight=0.5, hidden=0.5),
     )  # fmt: skip
     graphs, trainer = Graphs(), TrainerConf(accelerator="gpu", precision="bf16-mixed", progress=False)

@@ -150,6 +150,18 @@ def test_more_noise_moves_more_of_the_loss(
     assert losses[0] == losses[1] != losses[2]
 
 
+def test_a_straight_through_gradient_changes_the_training_and_ends_with_it(
+    make_model: ModelMaker, recipe: RecipeConf, trainer: TrainerConf, tmp_path: Path
+) -> None:
+    (_, plain), (module, through) = (
+        train(make_model(), replace(recipe, straight_through=value), trainer, tmp_path) for value in (False, True)
+    )
+    assert plain[0]["loss"] == through[0]["loss"] and plain[0]["gradient_norm"] != through[0]["gradient_norm"]
+    assert plain[-1]["loss"] != through[-1]["loss"]
+    layers = [layer for layer in module.model.modules() if hasattr(layer, "layer_idx")]
+    assert layers and not any(layer.lrsa_straight_through for layer in layers)
+
+
 SPARSE_CONF, DENSE_CONF = AttentionConf(), AttentionConf(scorer="dense")
 
 
@@ -168,6 +180,14 @@ SPARSE_CONF, DENSE_CONF = AttentionConf(), AttentionConf(scorer="dense")
         ({"random_share": 1.5}, SPARSE_CONF, r"random_share=1\.5: a share of the steps, 0 to 1"),
         ({"random_share": 0.5}, DENSE_CONF, r"random_share=0\.5 .* keeps everything: choose"),
         ({"random_share": 1.0, "score_noise": 0.1}, SPARSE_CONF, r"score_noise=0\.1 is never used with"),
+        ({"straight_through": True}, DENSE_CONF, r"straight_through=true .* attention\.scorer=dense keeps everything"),
+        (
+            {"straight_through": True},
+            AttentionConf(scorer="key_norm"),
+            r"scorer=key_norm have none: choose one of lag_",
+        ),
+        ({"straight_through": True}, AttentionConf(schedule="prefill_once"), r"schedule=prefill_once: choose budget"),
+        ({"straight_through": True, "random_share": 1.0}, SPARSE_CONF, r"no step asks for with recipe\.random_share=1"),
         ({"distillation": DistillationConf(weight=1.2)}, SPARSE_CONF, r"weight=1\.2: the KL's share of the loss, 0"),
         ({"distillation": DistillationConf(weight=-0.2)}, SPARSE_CONF, r"weight=-0\.2: the KL's share of the loss, 0"),
         ({"distillation": DistillationConf(hidden=-1)}, SPARSE_CONF, r"hidden=-1: a weight of at least 0"),
