@@ -87,8 +87,22 @@ class DataConf:
 
 
 @dataclass
+class DistillationConf:
+    """`recipe.distillation`: what a teacher with full attention adds to the loss, (1 - weight) CE + weight KL + hidden
+    MSE, each a mean over the step's target tokens. Off with both weights 0; a pass forward more a step otherwise."""
+
+    weight: float = 0.0  # 0 to 1, of KL(teacher || student), nats a target token; cross-entropy has the rest
+    temperature: float = 1.0  # T of both distributions; the KL is multiplied by T^2
+    # self: the step's own weights with dense attention (steps that are dense are plain cross-entropy); or a frozen
+    # model of the same vocabulary with dense attention: a run's model/ folder, a hub id
+    teacher: str = "self"
+    # of the squared error of the last hidden state, what the head reads, relative to the teacher's squared length
+    hidden: float = 0.0
+
+
+@dataclass
 class RecipeConf:
-    """`recipe` group: optimisation, and the compressions a step is drawn from."""
+    """`recipe` group: optimisation, the compressions a step is drawn from, and the training objective."""
 
     name: str = "lrsa"
     train: bool = True  # false: score the model as it is, a table's row of what was not post-trained
@@ -102,6 +116,14 @@ class RecipeConf:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     gradient_clip: float = 1.0
     compressions: list[float] = field(default_factory=list)  # one is drawn a step; []: the attention's own ratio
+    schedule: str = "drawn"  # annealed: the compressions in their order, an equal share of the steps each
+    # Gumbel noise of this scale on the logarithm of a rule's scores (standardised, where they are no amounts: key norm,
+    # KeyDiff, positions) before the top K, fresh each micro-batch, in training alone. 1: kept in proportion to the
+    # score. LagKV's scores are nearly flat: 0.01 moves a quarter of what it keeps, 0.2 is almost random
+    score_noise: float = 0.0
+    random_share: float = 0.0  # of the steps, drawn by seed and step: tokens are kept at random instead of by the rule
+    straight_through: bool = False  # kept tokens' scores get a gradient, through their values; the output is the same
+    distillation: DistillationConf = field(default_factory=DistillationConf)
 
 
 @dataclass

@@ -153,7 +153,10 @@ def _train_beside(conf: TrainConf) -> None:
 
 
 def _training_facts(trained: TrainingResult) -> dict[str, Any]:
-    curve = downsample([entry["step"] for entry in trained.history], [entry["loss"] for entry in trained.history])
+    steps, loss, kl, hidden = (
+        [entry.get(name) for entry in trained.history] for name in ("step", "loss", "kl", "hidden")
+    )
+    curve = downsample(steps, loss, kl=kl, hidden=hidden)  # type: ignore[arg-type]  # steps and losses are never None
     return {**trained.summary, "loss_curve": curve}
 
 

@@ -82,6 +82,18 @@ def test_a_run_is_its_steps_and_a_device_its_share() -> None:
         predict(read([*overrides, "trainer=fsdp", "recipe.batch_size=4"]))
 
 
+def test_a_teacher_is_a_dense_pass_forward_in_the_steps_that_it_teaches() -> None:
+    conf = read([*TINY, "recipe=lrsa", "recipe.compressions=[1,4]"])
+    shape, steps = shape_of(conf.model), conf.recipe.steps * conf.recipe.batch_size
+    alone, forward = predict(conf), sum(forward_flops(shape, conf.data.length, None))
+    conf.recipe.distillation.weight = 0.5
+    assert predict(conf).flops - alone.flops == pytest.approx(steps * forward / 2)
+    conf.recipe.distillation.teacher = "another/model"
+    other = predict(conf)
+    assert other.flops - alone.flops == pytest.approx(steps * forward)
+    assert sum(other.memory.values()) - sum(alone.memory.values()) == pytest.approx(4 * shape.parameters)
+
+
 def test_a_shape_that_cannot_be_had_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     conf = ModelConf(name="/nowhere/at/all")

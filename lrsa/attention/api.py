@@ -17,6 +17,7 @@ from lrsa.attention.documents import find_documents, per_document
 from lrsa.attention.layout import Geometry
 from lrsa.attention.prompts import lengths_of_rows, refuse_unread
 from lrsa.attention.selection import check_kept, kept_index, kept_mask, select, select_freely
+from lrsa.attention.straight_through import gate as selection_gate
 
 log = logging.getLogger(__name__)
 BACKENDS = ("auto", "reference", "gather", "flex")
@@ -35,6 +36,7 @@ def sparse_attention(
     prompt_lengths: Tensor | int | None = None,
     scale: float | None = None,
     backend: str = "auto",
+    straight_through: bool = False,
 ) -> Tensor:
     """Causal attention in which old partitions show only their kept tokens (LRSA, arXiv 2506.11498).
 
@@ -53,6 +55,8 @@ def sparse_attention(
             (FlexAttention, CUDA), or ``auto``, which is ``reference`` for what no other can compute
             (`SparseAttentionConfig.mask_form_only`). ``prefill_once`` has one parallel form, on PyTorch's own kernels,
             which runs for all but ``reference``.
+        straight_through: give the scores of kept tokens a gradient, the output being the same bit for bit (see
+            `lrsa.attention.straight_through`); ``gather`` and ``flex``, schedule ``chunked``.
 
     Returns:
         ``[B, Hq, T, D]`` in ``query``'s dtype (under autocast in autocast's, as PyTorch's own attention, ``reference``
@@ -65,6 +69,9 @@ def sparse_attention(
     _check(query, key, value, kept, document_ids)
     refuse_unread(prompt_lengths, config)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if straight_through and (kept is not None or config.schedule == ONCE):
+        given = f"schedule={ONCE!r}" if kept is None else "kept="
+        raise ValueError(f"straight_through=True with {given}: it takes a selection of the chunked schedule's own")
     if config.schedule == ONCE:
         rows = once.find_rows(prompt_lengths, document_ids, key.shape[0], key.shape[2])
         return _attend_once(query, key, value, config, rows, kept, layer_idx, document_ids, scale, backend)
@@ -73,6 +80,8 @@ def sparse_attention(
     if kept is not None and layer is not None:
         _check_counts(kept, config, document_ids)
     if backend == "reference":
+        if straight_through and layer is not None:
+            raise ValueError("backend='reference' has no straight_through: use 'gather', 'flex' or 'auto'")
         if kept is None:
             kept = kept_tokens(
                 key, value, config, query=query, layer_idx=layer_idx, document_ids=document_ids,
@@ -92,9 +101,12 @@ def sparse_attention(
             index = select(key, value, config, partitions, query=query, layer_idx=layer_idx, scale=scale)
         else:
             index = kept_index(kept, config.geometry, partitions)
+        gate = None
+        if straight_through:
+            gate = selection_gate(key, value, index, config, partitions, query=query, layer_idx=layer_idx, scale=scale)
         # After the selection, so that every backend ranks the same keys.
         query, key, value = (_autocast(x) for x in (query, key, value))
-        return attend_selected(query, key, value, index, config.geometry, scale, backend)
+        return attend_selected(query, key, value, index, config.geometry, scale, backend, gate)
 
     if document_ids is None:
         return attend(query, key, value, kept)
@@ -266,17 +278,25 @@ def _autocast(x: Tensor) -> Tensor:
 
 
 def attend_selected(
-    query: Tensor, key: Tensor, value: Tensor, index: Tensor, geometry: Geometry, scale: float, backend: str
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    index: Tensor,
+    geometry: Geometry,
+    scale: float,
+    backend: str,
+    gate: Tensor | None = None,
 ) -> Tensor:
     """The parallel form for rows of one document each and a selection ``index [B, H, P * K]``; ``backend`` as chosen.
 
-    With ``reference`` the mask form, by which the others are judged.
+    With ``reference`` the mask form, by which the others are judged. ``gate [B, H, P * K]``, of the others: a factor of
+    the kept values.
     """
     if backend == "reference":
         kept = kept_mask(index, key.shape[2], geometry, geometry.selected_partitions(key.shape[2]))
         return reference.attend(query, key, value, reference.visible(kept, geometry, None), scale)
     run = flex.attend if backend == "flex" else gather.attend
-    return run(query, key, value, index, geometry, scale)
+    return run(query, key, value, index, geometry, scale, gate)
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, kept: Tensor | None, document_ids: Tensor | None) -> None:

@@ -28,8 +28,17 @@ def obstacle(query: Tensor) -> str | None:
     return None
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, index: Tensor, geometry: Geometry, scale: float) -> Tensor:
-    """``query [B, Hq, T, D]``, ``key``/``value`` ``[B, H, T, D]``, ``index [B, H, P * K]`` -> ``[B, Hq, T, D]``."""
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    index: Tensor,
+    geometry: Geometry,
+    scale: float,
+    gate: Tensor | None = None,
+) -> Tensor:
+    """``query [B, Hq, T, D]``, ``key``/``value`` ``[B, H, T, D]``, ``index [B, H, P * K]``, ``gate`` likewise, a factor
+    of the kept values, in training alone -> ``[B, Hq, T, D]``."""
     tokens = query.shape[2]
     padded = padded_length(tokens)
     if not torch.is_grad_enabled():  # partitions that padded queries alone see: any entry will do
@@ -43,7 +52,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, index: Tensor, geometry: G
     if not torch.is_grad_enabled() and query.shape[0] > 1:  # prompts come in groups of any size, training in batches
         for x in (query, key, value, index):
             torch._dynamo.maybe_mark_dynamic(x, 0)
-    out = _compiled()(query, key, value, index, layout.mask, geometry.sink, layout.raw_offset, length, scale)
+    out = _compiled()(query, key, value, index, layout.mask, geometry.sink, layout.raw_offset, length, scale, gate)
     return out[:, :, :tokens]
 
 
@@ -68,10 +77,14 @@ def _fused(
     raw_offset: int,
     length: int,
     scale: float,
+    gate: Tensor | None = None,
 ) -> Tensor:
     """Rows of keys and values, and attention over them: compiled as one graph, for in a model of many small layers the
     time to launch a dozen operators is the time that counts."""
     rows = [_Rows.apply(x, index, sink, raw_offset, length) for x in (key, value)]
+    if gate is not None:
+        around = sink, length - sink - gate.shape[-1]
+        rows[1] = rows[1] * torch.nn.functional.pad(gate, around, value=1.0)[..., None].to(value.dtype)
     grouped = query.shape[1] != key.shape[1]
     return flex_attention(query, rows[0], rows[1], block_mask=mask, scale=scale, enable_gqa=grouped)
 

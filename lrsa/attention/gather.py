@@ -19,16 +19,26 @@ from lrsa.attention.layout import Geometry, Span
 LONGEST_SPAN = 256
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, index: Tensor, geometry: Geometry, scale: float) -> Tensor:
-    """``query [B, Hq, T, D]``, ``key``/``value`` ``[B, H, T, D]``, ``index [B, H, P * K]`` -> ``[B, Hq, T, D]``."""
-    return _SpanAttention.apply(
-        query, key, value, _buffer(key, index, geometry), _buffer(value, index, geometry), geometry, scale
-    )
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    index: Tensor,
+    geometry: Geometry,
+    scale: float,
+    gate: Tensor | None = None,
+) -> Tensor:
+    """``query [B, Hq, T, D]``, ``key``/``value`` ``[B, H, T, D]``, ``index [B, H, P * K]``, ``gate`` likewise, a factor
+    of the kept values -> ``[B, Hq, T, D]``."""
+    buffers = _buffer(key, index, geometry), _buffer(value, index, geometry, gate)
+    return _SpanAttention.apply(query, key, value, *buffers, geometry, scale)
 
 
-def _buffer(x: Tensor, index: Tensor, geometry: Geometry) -> Tensor:
+def _buffer(x: Tensor, index: Tensor, geometry: Geometry, gate: Tensor | None = None) -> Tensor:
     """``[sinks | kept]``: ``[B, H, S + P * K, D]``."""
     kept = x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[-1]))
+    if gate is not None:
+        kept = kept * gate[..., None].to(x.dtype)
     return torch.cat([x[:, :, : geometry.sink], kept], 2)
 
 

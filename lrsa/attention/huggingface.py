@@ -117,8 +117,16 @@ def attention(
     out = sparse_attention(
         query, key, value, config, kept=inspection.show(inputs), layer_idx=layer_idx, document_ids=document_ids,
         prompt_lengths=prompt_lengths, scale=scaling, backend=backend,
+        straight_through=getattr(module, "lrsa_straight_through", False),
     )  # fmt: skip
     return out.transpose(1, 2).contiguous(), None
+
+
+def set_straight_through(model: nn.Module, on: bool) -> None:
+    """Give the selection of a live model's sparse layers a gradient, or none: of this process alone, never saved."""
+    for module in model.modules():
+        if hasattr(module, "layer_idx"):
+            module.lrsa_straight_through = on  # type: ignore[assignment]
 
 
 def mask(

@@ -18,6 +18,7 @@ from lrsa.attention.config import ONCE, SparseAttentionConfig
 from lrsa.attention.dense import attend_dense, attend_last
 from lrsa.attention.documents import Document, LastResult, find_documents
 from lrsa.attention.layout import PromptGeometry
+from lrsa.attention.noise import perturbed
 from lrsa.attention.prompts import HOW_TO_TELL, lengths_of_rows
 from lrsa.attention.scorers import Partitions
 from lrsa.attention.selection import best, detached
@@ -197,7 +198,7 @@ def _select(key: Tensor, value: Tensor, query: Tensor | None, config: str, layer
     query = query if scorer.reads_query else None
     with torch.autocast(key.device.type, enabled=False):  # scores are float32 whatever the model computes in
         scores = scorer(whole_prompt(key, value, query, prompt, layer_idx, scale))[:, :, 0]
-    return best(scores, prompt.kept) + prompt.sink
+    return best(perturbed(scores, scorer), prompt.kept) + prompt.sink
 
 
 def _select_shape(

@@ -7,6 +7,7 @@ Rows here hold one document each, from its first token; `documents` brings padde
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from lrsa.attention.config import SparseAttentionConfig
 from lrsa.attention.layout import Geometry
+from lrsa.attention.noise import perturbed
 from lrsa.attention.prompts import HOW_TO_TELL
 from lrsa.attention.scorers import Partitions, Prompt, Scorer
 
@@ -103,14 +105,18 @@ def _select(
     parsed = SparseAttentionConfig.from_json(config)
     geometry, scorer = parsed.geometry, parsed.build_scorer()
     query = query if scorer.reads_query else None
-    # Only to train, whose steps are all alike. Without gradients the same function ranks a prompt whole, in blocks
-    # and token by token: compiled code rounds otherwise, and a near tie would fall otherwise.
-    score = _compiled() if key.is_cuda and torch.is_grad_enabled() else _score
     with torch.autocast(key.device.type, enabled=False):  # scores are float32 whatever the model computes in
-        scores = score(scorer, key, value, query, geometry, partitions, first, origin, layer_idx, scale)
-    kept = best(scores, geometry.kept)
+        scores = scoring(key)(scorer, key, value, query, geometry, partitions, first, origin, layer_idx, scale)
+    kept = best(perturbed(scores, scorer), geometry.kept)
     starts = torch.arange(first, first + partitions, device=key.device) * geometry.lag + geometry.sink
     return (kept + starts[:, None]).flatten(-2)
+
+
+def scoring(key: Tensor) -> Callable[..., Tensor]:
+    """The function that scores keys on this device."""
+    # Compiled only to train, whose steps are all alike. Without gradients the same function ranks a prompt whole, in
+    # blocks and token by token: compiled code rounds otherwise, and a near tie would fall otherwise.
+    return _compiled() if key.is_cuda and torch.is_grad_enabled() else _score
 
 
 def best(scores: Tensor, count: int) -> Tensor:
@@ -151,7 +157,7 @@ def _select_freely(
         parts = replace(parts, prompt=Prompt(query.unflatten(1, (key.shape[1], -1)), key, prompt_lengths))
     with torch.autocast(key.device.type, enabled=False):
         scores = scorer(parts)
-    return (share_over_heads if parsed.budget == "adaptive" else _mark_highest)(scores, parts.kept)
+    return (share_over_heads if parsed.budget == "adaptive" else _mark_highest)(perturbed(scores, scorer), parts.kept)
 
 
 def _select_freely_shape(

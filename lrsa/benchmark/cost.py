@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lrsa.attention import SparseAttentionConfig, from_conf
 from lrsa.config import LoraConf, ModelConf, TrainConf, config_dir
 from lrsa.results.record import Record
+from lrsa.training.distillation import SELF
 
 H100_FLOPS = 989.4e12  # bfloat16, dense, SXM: NVIDIA's data sheet
 ADAM_BYTES = 16  # float32 weight, gradient and two moments of a parameter that trains
@@ -138,6 +139,12 @@ def predict(conf: TrainConf) -> Cost:
     ]  # fmt: skip
     checkpointing = conf.model.gradient_checkpointing
     flops = [training_flops(shape, conf.data.length, one, checkpointing) for one in drawn]
+    taught, teacher = recipe.distillation, sum(forward_flops(shape, conf.data.length, None))
+    if taught.weight > 0 or taught.hidden > 0:  # a frozen teacher is taken to be of the student's size
+        flops = [
+            of_student + (teacher if one is not None or taught.teacher != SELF else 0.0)
+            for of_student, one in zip(flops, drawn, strict=True)
+        ]
     memory = _memory(shape, conf, micro, devices if conf.trainer.strategy == "fsdp" else 1)
     mean, length = sum(flops) / len(flops), conf.data.length
     return Cost(samples * mean, samples * length, devices, memory, shape, length, attention is not None)
@@ -159,6 +166,8 @@ def _memory(shape: Shape, conf: TrainConf, micro: int, shards: int) -> dict[str,
         "trained weights, gradients, AdamW": trained * ADAM_BYTES / shards,
         "activations": shape.layers * inputs + kept if conf.model.gradient_checkpointing else shape.layers * kept,
     }
+    if conf.recipe.distillation.teacher != SELF:
+        parts["teacher"] = shape.parameters * width  # as large as the student, and whole on each GPU
     if shards > 1:
         # embeddings and head throughout, a layer, and the next one on its way
         outside = shape.parameters - shape.layers * shape.largest_layer

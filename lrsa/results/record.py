@@ -312,19 +312,27 @@ def config_id(command: str, config: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps([command, copy], sort_keys=True).encode()).hexdigest()[:16]
 
 
-def downsample(steps: Sequence[int], values: Sequence[float], points: int = 200) -> dict[str, list[float]]:
+def downsample(
+    steps: Sequence[int], values: Sequence[float], points: int = 200, **others: Sequence[float | None]
+) -> dict[str, list[Any]]:
     """At most `points` means over equal stretches of a curve, as `training.loss_curve` holds it: `{step, loss}`, last
-    step of each.
+    step of each. `others`: curves beside it, None at a step without a value, as is a stretch of such steps; a curve of
+    None alone is left out.
     """
-    if len(steps) != len(values):
-        raise ValueError(f"{len(steps)} steps and {len(values)} values")
+    curves = {"loss": values} | {name: curve for name, curve in others.items() if set(curve) - {None}}
+    for curve in curves.values():
+        if len(steps) != len(curve):
+            raise ValueError(f"{len(steps)} steps and {len(curve)} values")
     count = min(points, len(steps))
     edges = [round(i * len(steps) / count) for i in range(count + 1)] if count else []
     pairs = list(pairwise(edges))
-    return {
-        "step": [int(steps[b - 1]) for _, b in pairs],
-        "loss": [round(math.fsum(values[a:b]) / (b - a), 6) for a, b in pairs],
-    }
+    means = {name: [_mean(curve[a:b]) for a, b in pairs] for name, curve in curves.items()}
+    return {"step": [int(steps[b - 1]) for _, b in pairs], **means}
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return round(math.fsum(known) / len(known), 6) if known else None
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -91,7 +91,7 @@ RECORD: dict[str, Any] = {
     "training": (
         dict,
         type(None),
-    ),  # steps, tokens, seconds, step_ms_median, peak_memory_bytes, loss_curve {step, loss}
+    ),  # steps, tokens, seconds, step_ms_median, peak_memory_bytes, loss_curve {step, loss}; kl, hidden of distillation
     "metrics": (dict,),
     "protocol?": (dict, type(None)),  # how answers were made: template, stop tokens, decoding, truncation, cache
     "cells": [cell_spec],

@@ -157,7 +157,8 @@ class TrainingProgress(Callback):
         current, peak = (amount / 2**30 for amount in memory_bytes(device))
         compression = recent[-1]["compression"]
         drawn = "dense" if compression == 1 else f"{compression:g}x" if compression else "sparse"
-        return f"loss {recent[-1]['loss']:.3f}  {speed:,.0f} tokens/s  {drawn}  {current:.1f} GiB (peak {peak:.1f})"
+        kl = "" if recent[-1].get("kl") is None else f"  kl {recent[-1]['kl']:.3f}"
+        return f"loss {recent[-1]['loss']:.3f}{kl}  {speed:,.0f} tokens/s  {drawn}  {current:.1f} GiB (peak {peak:.1f})"
 
     def _stop(self) -> None:
         if self._progress is not None:

@@ -1,4 +1,4 @@
-"""The one LightningModule: cross-entropy on answer tokens under dense or sparse attention.
+"""The one LightningModule: cross-entropy on answer tokens, and what a teacher adds, under dense or sparse attention.
 
 Shapes: B samples of a micro-batch, T tokens, N target tokens of a micro-batch, V vocabulary.
 An optimiser step is `recipe.batch_size` samples, in `batch_size / micro_batch_size` micro-batches.
@@ -6,6 +6,7 @@ An optimiser step is `recipe.batch_size` samples, in `batch_size / micro_batch_s
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +17,19 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lrsa.attention import SparseAttentionConfig
+from lrsa.attention.huggingface import set_straight_through
+from lrsa.attention.noise import noisy_selection
 from lrsa.config import RecipeConf
-from lrsa.models import set_attention, target_logits
-from lrsa.training.schedule import draw_compression, hashed_integer, learning_rate_factor
+from lrsa.models import set_attention
+from lrsa.training.distillation import Distillation, answer
+from lrsa.training.schedule import (
+    ANNEALED,
+    annealed_compression,
+    draw_compression,
+    hashed_integer,
+    is_random,
+    learning_rate_factor,
+)
 from lrsa.training.sharded import local, shard, summed, total_norm
 
 
@@ -31,12 +42,14 @@ class StepReport:
     """What one optimiser step did."""
 
     step: int  # optimiser steps done, this one included
-    loss: float  # nats a target token, mean over the step's targets
+    loss: float  # cross-entropy, nats a target token, mean over the step's targets
     gradient_norm: float  # before clipping
     learning_rate: float
     compression: float | None  # drawn or configured; 1: dense attention, None: no single factor (top_k)
     tokens: int  # read by the model, pads excluded
     targets: int  # tokens with a loss
+    kl: float | None = None  # of the student from its teacher, as `loss`; None in a step without one
+    hidden: float | None = None  # relative squared error of the hidden states, likewise
 
 
 class PostTraining(LightningModule):
@@ -49,7 +62,7 @@ class PostTraining(LightningModule):
     Args:
         model: a causal LM; parameters with `requires_grad=False` (LoRA) are neither updated nor checkpointed.
         attention: of the training forward pass; None is dense.
-        recipe: optimisation, and the compressions that a step is drawn from.
+        recipe: optimisation, objective, and the compressions that a step is drawn from.
         seed: of the draws and of dropout.
         identity: plain values (dict, list, str, numbers) that a checkpoint must share with the run that resumes it.
     """
@@ -75,9 +88,13 @@ class PostTraining(LightningModule):
         self.identity = identity or {}
         self.report: StepReport | None = None
         self.strict_loading = all(parameter.requires_grad for parameter in model.parameters())
+        taught = recipe.distillation.weight > 0 or recipe.distillation.hidden > 0
+        self.distillation = Distillation(recipe.distillation, model) if taught else None
         self._active: SparseAttentionConfig | None = None
-        # Of the open step's micro-batches: (summed loss, tokens that are no pads), and the samples' names.
+        # Of the open step's micro-batches: (summed terms of the loss, tokens that are no pads), the terms' names, and
+        # the samples'.
         self._sums: list[Tensor] = []
+        self._terms: list[str] = []
         self._ids: list[list[str]] = []
         self._targets = 0
 
@@ -92,69 +109,97 @@ class PostTraining(LightningModule):
         # from_pretrained hands out models in eval mode, where neither dropout nor activation checkpointing acts.
         self.train()
         self._activate(self.attention)
+        set_straight_through(self.model, self.recipe.straight_through)
+        if self.distillation is not None:
+            self.distillation.to(self.device)
 
     def on_fit_end(self) -> None:
+        set_straight_through(self.model, False)
         self._activate(self.attention)
 
     def step_attention(self, step: int) -> tuple[SparseAttentionConfig | None, float | None]:
         """Attention and compression factor of optimiser step `step` (0-based)."""
         if self.attention is None:
             return None, 1.0
-        compression = draw_compression(self.recipe.compressions, self.seed, step)
+        recipe = self.recipe
+        if recipe.schedule == ANNEALED:
+            compression: float | None = annealed_compression(recipe.compressions, step, recipe.steps)
+        else:
+            compression = draw_compression(recipe.compressions, self.seed, step)
         if compression is None:
             ratio = self.attention.keep_ratio
             fixed = 4.0 if ratio is None else 1.0 / ratio
             return self.attention, None if self.attention.top_k is not None else fixed
         return (None if compression == 1 else self.attention.with_compression(compression)), compression
 
+    def score_noise(self, step: int) -> float:
+        """Scale of the noise on the scores in optimiser step `step` (0-based); infinite where they do not count."""
+        return math.inf if is_random(self.recipe.random_share, self.seed, step) else self.recipe.score_noise
+
+    def _hashed(self, what: str) -> int:
+        """A seed for `what` of the micro-batch at hand: the same however many processes share the step's."""
+        number = len(self._ids) * self.trainer.world_size + self.global_rank
+        return hashed_integer(what, self.seed, self.global_step, number)
+
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
         # Seeded anew each micro-batch: dropout does not depend on what drew random numbers before, resumed or not.
-        number = len(self._ids) * self.trainer.world_size + self.global_rank
-        torch.manual_seed(hashed_integer("micro-batch", self.seed, self.global_step, number))
+        torch.manual_seed(self._hashed("micro-batch"))
         attention, _ = self.step_attention(self.global_step)
         if attention != self._active:
             self._activate(attention)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        input_ids, document_ids = batch["input_ids"], batch.get("document_ids")
-        logits, targets = target_logits(self.model, input_ids, batch["answer_mask"], document_ids)
-        if targets.numel() == 0:
+        distillation, taught = self.distillation, None
+        if distillation is not None and distillation.teaches(self._active):
+            taught = distillation.teach(self.model, batch)
+        with noisy_selection(self.score_noise(self.global_step), self._hashed("noise")):
+            student = answer(self.model, batch, hidden=taught is not None and taught.hidden is not None)
+        if student.targets.numel() == 0:
             raise ValueError(f"samples {batch['ids']} have no target token: answer_mask is empty")
-        loss = F.cross_entropy(logits, targets, reduction="sum")
+        loss = F.cross_entropy(student.logits, student.targets, reduction="sum")
+        terms = {"loss": loss}
+        if distillation is not None and taught is not None:
+            terms |= distillation.terms(student, taught)
+            loss = distillation.total(loss, terms)
+        input_ids, document_ids = batch["input_ids"], batch.get("document_ids")
         tokens = torch.ones_like(input_ids) if document_ids is None else document_ids >= 0
-        self._sums.append(torch.stack([loss.detach(), tokens.sum().to(loss.dtype)]))
+        self._sums.append(torch.stack([*(term.detach() for term in terms.values()), tokens.sum().to(loss.dtype)]))
+        self._terms = list(terms)
         self._ids.append(list(batch["ids"]))
-        self._targets += targets.numel()
+        self._targets += student.targets.numel()
         # Lightning divides by the number of micro-batches; the division by the target count comes once, below.
         return loss * self.trainer.accumulate_grad_batches
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Normalise, check and clip the accumulated gradient. The step's only wait for the device."""
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        world, targets, tokens = self.trainer.world_size, self._targets, torch.stack(self._sums)[:, 1].sum()
-        loss = None
+        world, targets, sums = self.trainer.world_size, self._targets, torch.stack(self._sums)
+        totals: Tensor | None = None
         if world > 1:  # gradients are means over processes, losses and counts each process's own
-            mine = torch.stack([*torch.stack(self._sums).double().sum(0), tokens.new_tensor(targets).double()])
-            loss, tokens, counted = summed(mine)
-            targets = int(counted)
+            *shared, counted = summed(torch.stack([*sums.double().sum(0), sums.new_tensor(targets).double()]))
+            totals, targets = torch.stack(shared), int(counted)
         norm = total_norm(gradients) * world / targets
         scale = torch.full_like(norm, world / targets)
         if self.recipe.gradient_clip > 0:
             scale = scale * (self.recipe.gradient_clip / (norm + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_(local(gradients), scale)
-        *losses, tokens_read, gradient_norm = torch.stack([*(sums[0] for sums in self._sums), tokens, norm]).tolist()
-        total = sum(losses) if loss is None else float(loss)
-        if not all(map(_is_finite, [*losses, total, gradient_norm])):
-            self._raise_non_finite(losses, gradient_norm)
+        *values, gradient_norm = torch.cat([sums.flatten(), norm.reshape(1)]).tolist()
+        rows = [values[start : start + sums.shape[1]] for start in range(0, len(values), sums.shape[1])]
+        *terms, tokens = [sum(column) for column in zip(*rows, strict=True)] if totals is None else totals.tolist()
+        if not all(map(_is_finite, [*values, *terms, gradient_norm])):
+            self._raise_non_finite([sum(row[:-1]) for row in rows], gradient_norm)
+        means = {name: term / targets for name, term in zip(self._terms, terms, strict=True)}
         _, compression = self.step_attention(self.global_step)
         self.report = StepReport(
             step=self.global_step + 1,
-            loss=total / targets,
+            loss=means["loss"],
             gradient_norm=gradient_norm,
             learning_rate=optimizer.param_groups[0]["lr"],
             compression=compression,
-            tokens=int(tokens_read),
+            tokens=int(tokens),
             targets=targets,
+            kl=means.get("kl"),
+            hidden=means.get("hidden"),
         )
         self._sums, self._ids, self._targets = [], [], 0
 

@@ -9,6 +9,9 @@ import hashlib
 import math
 from collections.abc import Sequence
 
+DRAWN, ANNEALED = "drawn", "annealed"
+SCHEDULES = (DRAWN, ANNEALED)
+
 
 def hashed_integer(*parts: int | str) -> int:
     """A 63-bit integer from `parts`: the same on every platform, Python version and process."""
@@ -21,6 +24,16 @@ def draw_compression(compressions: Sequence[float], seed: int, step: int) -> flo
     if not compressions:
         return None
     return float(compressions[hashed_integer("compression", seed, step) % len(compressions)])
+
+
+def annealed_compression(compressions: Sequence[float], step: int, steps: int) -> float:
+    """The compression factor of optimiser step `step` (0-based) of `steps`: one after another, an equal share each."""
+    return float(compressions[min(step, steps - 1) * len(compressions) // steps])
+
+
+def is_random(share: float, seed: int, step: int) -> bool:
+    """Whether optimiser step `step` (0-based) is of the `share` (0 to 1) whose tokens are kept at random."""
+    return hashed_integer("random", seed, step) < share * 2**63
 
 
 def learning_rate_factor(step: int, steps: int, warmup_steps: int, floor: float) -> float:

@@ -37,7 +37,7 @@ from lrsa.evaluation.errors import EvaluationInputError
 from lrsa.evaluation.peers import build_press
 from lrsa.results import Record, RecordError
 from lrsa.training import NonFiniteLoss, find_checkpoint, micro_batches
-from lrsa.validation import attention, perplexity, processes, selection
+from lrsa.validation import attention, objective, perplexity, processes, selection
 from lrsa.validation.problems import ConfigError, ConfigWarning, raised
 
 PRECISIONS = ("32-true", "bf16-mixed")
@@ -234,6 +234,7 @@ def _recipe(conf: RecipeConf, attention: AttentionConf) -> Iterator[str]:
             f"recipe.compressions={conf.compressions} draws a compression a step, but attention.scorer=dense keeps "
             "everything: choose a sparse attention (attention=lag_relative), or recipe.compressions=[]"
         )
+    yield from objective.problems_of(conf, attention)
 
 
 def _compressions(where: str, factors: Sequence[float]) -> Iterator[str]:

@@ -231,6 +231,8 @@ def test_downsample_averages_stretches() -> None:
     assert downsample([1, 2, 3, 4], [4.0, 2.0, 1.0, 3.0], points=2) == {"step": [2, 4], "loss": [3.0, 2.0]}
     assert downsample([1, 2], [4.0, 2.0]) == {"step": [1, 2], "loss": [4.0, 2.0]}
     assert downsample([], []) == {"step": [], "loss": []}
+    beside = downsample([1, 2, 3, 4], [4.0, 2.0, 1.0, 3.0], points=2, kl=[None, None, 0.5, 1.5], hidden=[None] * 4)
+    assert beside == {"step": [2, 4], "loss": [3.0, 2.0], "kl": [None, 1.0]}
     with pytest.raises(ValueError, match="1 steps and 2 values"):
         downsample([1], [1.0, 2.0])
 

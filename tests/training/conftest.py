@@ -17,14 +17,15 @@ VOCABULARY, LENGTH = 61, 40
 
 @pytest.fixture
 def make_model() -> Callable[[], PreTrainedModel]:
-    """Two-layer Llama, 2 KV heads for 4 query heads; the same weights at every call."""
+    """Two-layer Llama, 2 KV heads for 4 query heads; the same weights at every call; `options` of
+    `load_model`."""
 
-    def make(**changes: Any) -> PreTrainedModel:
+    def make(hidden_size: int = 32, **options: Any) -> PreTrainedModel:
         torch.manual_seed(0)
         config = {
             "model_type": "llama",
             "vocab_size": VOCABULARY,
-            "hidden_size": 32,
+            "hidden_size": hidden_size,
             "intermediate_size": 48,
             "num_hidden_layers": 2,
             "num_attention_heads": 4,
@@ -32,7 +33,7 @@ def make_model() -> Callable[[], PreTrainedModel]:
             "max_position_embeddings": 128,
             "tie_word_embeddings": True,
         }
-        return load_model("fresh", None, config=config, **changes)
+        return load_model("fresh", None, config=config, **options)
 
     return make
 

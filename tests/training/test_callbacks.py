@@ -11,7 +11,7 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from lrsa.attention import SparseAttentionConfig
-from lrsa.config import RecipeConf, TrainerConf
+from lrsa.config import DistillationConf, RecipeConf, TrainerConf
 from lrsa.training import PostTraining, fit
 from lrsa.training.callbacks import memory_bytes
 
@@ -78,6 +78,21 @@ def test_metrics_reach_the_logger_by_step_and_the_summary_adds_up(
     assert summary["steps"] == 6 and summary["tokens"] == sum(entry["tokens"] for entry in result.history) == 6 * 4 * 40
     assert summary["final_loss"] == result.history[-1]["loss"]
     assert 0 < summary["step_ms_median"] < 1000 * summary["seconds"] and summary["peak_memory_bytes"] > 2**20
+
+
+def test_what_a_teacher_adds_is_shown_and_logged_where_there_is_one(
+    make_model: Callable[..., PreTrainedModel], recipe: RecipeConf, trainer: TrainerConf, tmp_path: Path
+) -> None:
+    logger, out = Remember(), io.StringIO()
+    recipe = replace(
+        recipe, compressions=[1, 4], schedule="annealed", distillation=DistillationConf(weight=0.5, hidden=0.1)
+    )
+    module = PostTraining(make_model(), SparseAttentionConfig(lag_size=8), recipe)
+    console = Console(file=out, width=150)
+    fit(module, RandomData(recipe), replace(trainer, progress=True), tmp_path, logger=logger, console=console)
+    for step, line in zip(range(1, 7), out.getvalue().splitlines(), strict=True):
+        taught = step > 3
+        assert ({"train/kl", "train/hidden"} <= set(logger.seen[step])) == taught == (" kl 0." in line)
 
 
 def test_memory_is_measured() -> None:

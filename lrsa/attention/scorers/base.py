@@ -67,11 +67,14 @@ class Scorer(ABC):
         reads_query: it needs the lag's queries.
         reads_future: it is given ``Partitions.prompt`` and looks beyond the lag: mask form and evaluation alone.
         comparable: a score means the same in every head of a layer, so that heads may share a budget by it.
+        proportional: a score is an amount, 0 or more, of which twice as much counts twice: what noise in training
+            multiplies. Others are ranks, of any sign.
     """
 
     reads_query: ClassVar[bool] = False
     reads_future: ClassVar[bool] = False
     comparable: ClassVar[bool] = False
+    proportional: ClassVar[bool] = False
     paper: ClassVar[str] = ""
 
     @abstractmethod

@@ -25,6 +25,7 @@ class ExpectedAttention(Scorer):
     use_covariance: bool = True
     reads_query: ClassVar[bool] = True
     comparable: ClassVar[bool] = True
+    proportional: ClassVar[bool] = True
     paper: ClassVar[str] = "https://arxiv.org/abs/2510.00636"
 
     def __call__(self, partitions: Partitions) -> Tensor:

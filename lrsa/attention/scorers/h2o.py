@@ -21,6 +21,7 @@ class H2O(Scorer):
 
     reads_query: ClassVar[bool] = True
     comparable: ClassVar[bool] = True
+    proportional: ClassVar[bool] = True
     paper: ClassVar[str] = "https://arxiv.org/abs/2306.14048"
 
     def __call__(self, partitions: Partitions) -> Tensor:

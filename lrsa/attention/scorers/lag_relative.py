@@ -17,6 +17,7 @@ class LagRelative(Scorer):
 
     value_weight: float = 1.0
     comparable: ClassVar[bool] = True  # each softmax shares out 1 over the partition
+    proportional: ClassVar[bool] = True
     paper: ClassVar[str] = "https://arxiv.org/abs/2504.04704"
 
     def __call__(self, partitions: Partitions) -> Tensor:
@@ -34,5 +35,6 @@ def lag_deviation(x: Tensor, lag: Tensor) -> Tensor:
     """
     x, lag = x.float(), lag.float()
     low, high = lag.amin(-2, keepdim=True), lag.amax(-2, keepdim=True)
-    scaled = torch.where(high > low, (x - low) / (high - low), 0.0)
+    # Divided by 1 there, for a gradient (`straight_through`) would come back as 0 * inf.
+    scaled = torch.where(high > low, (x - low) / torch.where(high > low, high - low, 1.0), 0.0)
     return scaled.std(-1).softmax(-1)

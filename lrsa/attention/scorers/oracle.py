@@ -24,6 +24,7 @@ class Oracle(Scorer):
     reads_query: ClassVar[bool] = True
     reads_future: ClassVar[bool] = True
     comparable: ClassVar[bool] = True
+    proportional: ClassVar[bool] = True
 
     def __call__(self, partitions: Partitions) -> Tensor:
         assert partitions.prompt is not None

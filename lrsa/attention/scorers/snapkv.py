@@ -27,6 +27,7 @@ class SnapKV(Scorer):
     kernel_size: int = 5
     reads_query: ClassVar[bool] = True
     comparable: ClassVar[bool] = True
+    proportional: ClassVar[bool] = True
     paper: ClassVar[str] = "https://arxiv.org/abs/2404.14469"
 
     def __post_init__(self) -> None:

@@ -20,6 +20,7 @@ class Tova(Scorer):
 
     reads_query: ClassVar[bool] = True
     comparable: ClassVar[bool] = True
+    proportional: ClassVar[bool] = True
     paper: ClassVar[str] = "https://arxiv.org/abs/2401.06104"
 
     def __call__(self, partitions: Partitions) -> Tensor:

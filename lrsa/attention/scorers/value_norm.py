@@ -14,6 +14,7 @@ from lrsa.attention.scorers.base import Partitions, Scorer, to_eleven_bits
 class ValueNorm(Scorer):
     """The L1 norm of the value, to eleven bits: the factor by which the paper (VATP) multiplies an attention score."""
 
+    proportional: ClassVar[bool] = True
     paper: ClassVar[str] = "https://arxiv.org/abs/2406.12335"
 
     def __call__(self, partitions: Partitions) -> Tensor:
