@@ -14,7 +14,9 @@ from omegaconf.errors import OmegaConfBaseException
 from lrsa.attention import from_conf
 from lrsa.attention.scorers import SCORERS
 from lrsa.config import EvalConf, TrainConf, config_dir, register_configs
+from lrsa.data import LRSADataModule
 from lrsa.data.vocabulary import build_tokenizer
+from lrsa.models import load_tokenizer
 from lrsa.results import Record
 from lrsa.train import run_training
 from lrsa.validation import ConfigError, ConfigWarning, check_eval, check_train
@@ -177,7 +179,10 @@ def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("world")
     rows = {"squad": [], "hotpotqa": []}  # type: dict[str, list[dict[str, Any]]]
     for number in range(24):
-        text = f"Town {number} was built in {1000 + number}. It lies by the river and has an old market and a tower."
+        text = (
+            f"Town {number} was built in {1000 + number} by people from Hill {number}. "
+            "It lies by the river and has an old market and a tower."
+        )
         rows["squad"].append(
             {
                 "id": f"s{number}",
@@ -202,11 +207,34 @@ def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
             lines = "".join(json.dumps(row) + "\n" for row in entries)
             (folder / name / f"{split}.jsonl").write_text(lines, encoding="utf-8")
     (folder / "prose").mkdir()
-    (folder / "prose" / "story.txt").write_text(
-        "The rain fell on the town. People ran home.\n\n" * 200, encoding="utf-8"
-    )
+    for title in ("story", "tale"):
+        lines = (
+            f"The rain of {title} night {k} fell on town {500 + k} for hours. People ran home by the old road, "
+            "past the tower and the market, and shut their doors.\n\n"
+            for k in range(100)
+        )
+        (folder / "prose" / f"{title}.txt").write_text("".join(lines), encoding="utf-8")
     build_tokenizer().save_pretrained(folder / "tokenizer")
     return folder
+
+
+@pytest.mark.parametrize("data", [name for name in options("data") if name.startswith("recipe")])
+def test_every_recipe_mixture_gives_samples(data: str, tiny_world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the experiments below, but for the training: a batch of each part."""
+    monkeypatch.setenv("LRSA_DATA", str(tiny_world))
+    sizes = ["model=tiny_random", "trainer=cpu", "data.length=700", "recipe.steps=40"]
+    conf = compose_train("experiment=smollm2_robustness", f"data={data}", *sizes)
+    check_train(conf)
+    module = LRSADataModule(conf.data, load_tokenizer(str(tiny_world / "tokenizer")), conf.recipe, conf.run.seed)
+    drawn = {part["name"]: part["drawn"] for part in module.describe()}
+    assert set(drawn) == set(conf.data.parts) and min(drawn.values()) > 0
+    assert sum(part.weight for part in conf.data.parts.values()) == pytest.approx(1)
+    for part in module.mixture.parts.values():
+        sample = part.sample(0)
+        assert len(sample.input_ids) == 700 and sample.answer_spans[-1][1] == 700
+    trained = [part for part in conf.data.parts.values() if part.path]
+    assert {part.split for part in trained} <= {"train", "train[fit]"}, "nothing that is tested on"
+    assert all((part.filler or "@train").endswith("@train") for part in conf.data.parts.values())
 
 
 @pytest.mark.parametrize("experiment", options("experiment"))
