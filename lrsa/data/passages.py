@@ -18,6 +18,7 @@ GRAM = 8  # words in a row that tell one place of the text from all others
 
 PASSAGE_ARGS: dict[str, Any] = {
     "over": "squad",  # whose passages: a source of documents, or prose
+    "without": None,  # a split whose articles are left out, because it is tested on
     "max_words": 250,  # of a passage that is asked about, so that several fit beside their questions
 }
 

@@ -277,13 +277,18 @@ def load(conf: ExamplesConf, stream: str = "evaluation") -> Loaded:
 
 def _passages(conf: ExamplesConf, args: dict[str, Any]) -> Loaded:
     """Documents of the source `args.over`, each text once, all of them gold where they are asked about; no examples."""
-    over = args["over"]
+    over, without = args["over"], args["without"]
+    if over == "prose" and without is not None:
+        raise ValueError(f"args.without={without!r} is a split of rows; of prose, split={conf.split!r} holds books out")
     if over == "prose":
         books, origin = read_books(f"{conf.path or PROSE}@{conf.split}")
         found = [Document(book.title, " ".join(paragraph)) for book in books for paragraph in book.paragraphs]
     else:
         loaded = load(ExamplesConf(source=over, path=conf.path, split=conf.split))
         found, origin = [replace(d, is_supporting=True) for d in loaded.documents], loaded.origin
+        if without is not None:
+            tested = {d.group for d in load(ExamplesConf(source=over, path=conf.path, split=without)).documents}
+            found, origin = [d for d in found if d.group not in tested], f"{origin} without {without}'s articles"
     if not found:
         raise ValueError(f"{origin} has no documents to ask about")
     return Loaded([], origin, list({document.text: document for document in found}.values()))

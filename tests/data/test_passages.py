@@ -239,9 +239,20 @@ def test_prose_is_asked_about_with_other_books_around(tmp_path, bytes_tokenizer)
     assert [d.text for d in own] == [gold.text] and sum(d.text in context for d in data.pool) > 2
 
 
+def test_articles_of_a_tested_split_are_left_out(folder, tmp_path) -> None:
+    rows = [json.loads(line) for line in _lines(folder)]
+    write_rows(tmp_path / "train.jsonl", rows)
+    write_rows(tmp_path / "validation.jsonl", [row for row in rows if row["title"] in ("Article 1", "Article 5")])
+    found = load(conf_of("cloze", tmp_path, args={"without": "validation"}))
+    assert {d.title for d in found.documents} == {f"Article {k}" for k in (0, 2, 3, 4, 6, 7)}
+    assert found.origin.endswith("train.jsonl without validation's articles")
+    assert {e.documents[0].title for e in found.examples} == {d.title for d in found.documents}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"args": {"over": "prose", "without": "validation"}}, "args.without='validation' is a split of rows"),
         ({"args": {"over": "books"}}, r"args.over='books' is unknown to source 'cloze'; valid: squad, .*prose"),
         ({"args": {"over": "prose"}, "filler": "x"}, "might repeat what source 'cloze' asks about"),
         ({"args": {"phrasings": ["Fill it"]}}, r"'Fill it' lacks \{sentence\}"),
