@@ -60,7 +60,11 @@ def spans(sentence: str, counts: Counter[str], rare: int) -> list[Span]:
 
 
 def _once(sentence: str, span: str) -> bool:
-    return len(re.findall(rf"(?<!\w){re.escape(span)}(?!\w)", sentence, re.IGNORECASE)) == 1
+    """Whether these words occur once in it, however they are written."""
+    text, said, count, at = f" {sentence.lower()} ", span.lower(), 0, -1
+    while (at := text.find(said, at + 1)) >= 0:
+        count += not (text[at - 1].isalnum() or text[at + len(said)].isalnum())
+    return count == 1
 
 
 def _numbers(sentence: str) -> Iterator[Span]:
