@@ -312,6 +312,15 @@ def test_every_experiment_runs_on_a_tiny_model(
         (["model.dtype=int8"], r"model\.dtype='int8'.*float32"),
         (["model.gguf_file=a.gguf"], r"model\.gguf_file=a\.gguf"),
         (["data.parts.needles.weight=0"], r"all weights are 0"),
+        (
+            ["data.parts.needles.source=prose", "+data.parts.needles.args.targets=256"],
+            r"data\.parts\.needles\.args\.targets=256 must be below data\.length=256",
+        ),
+        (
+            ["data.parts.needles.source=prose", "+data.parts.needles.args.targets=many"],
+            r"data\.parts\.needles: source 'prose' has no args",
+        ),
+        (["evaluation.tasks.recall.source=prose"], r"recall\.source=prose asks nothing: lrsa-eval mode=perplexity"),
         (["data.parts.needles.apart=true"], r"data\.parts\.needles\.apart=true is for tasks"),
         (["evaluation.tasks.recall.apart=true"], r"tasks\.recall\.apart=true .*recall\.questions=1: raise it"),
         (["data.parts.needles.limit=5"], r"data\.parts\.needles\.limit=5 bounds tasks alone"),

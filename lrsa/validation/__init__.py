@@ -189,8 +189,9 @@ def _data(conf: DataConf) -> Iterator[str]:
         yield "data.parts is empty: a mixture needs at least one part (see conf/data)"
     for name, part in conf.parts.items():
         yield from _examples(f"data.parts.{name}", part)
-        if part.source == "prose" and part.args.get("targets", 0) >= conf.length:
-            yield f"data.parts.{name}.args.targets={part.args['targets']} must be below data.length={conf.length}"
+        targets = part.args.get("targets") if part.source in SOURCES and SOURCES[part.source].prose else None
+        if isinstance(targets, int) and targets >= conf.length:
+            yield f"data.parts.{name}.args.targets={targets} must be below data.length={conf.length}"
         if part.weight < 0:
             yield f"data.parts.{name}.weight={part.weight}: a share of the mixture, not below 0"
         if part.apart:
