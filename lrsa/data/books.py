@@ -48,16 +48,16 @@ def read_texts(name: str) -> tuple[list[tuple[str, str]], str]:
         folder = path.resolve().name + (f" [{part}]" if part else "")
         return texts, f"{folder} in place of {hub}" if entry else folder
     if base.count("/") != 1 or base.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"filler={name!r} is neither a folder of *.txt(.gz) nor a hub id (owner/name:config)")
+        raise FileNotFoundError(f"text {name!r} is neither a folder of *.txt(.gz) nor a hub id (owner/name:config)")
     try:
         rows = hub_rows(hub, part or "train", config or None, None)
     except ConnectionError as error:
         raise ConnectionError(
-            f"the hub's text {hub!r} cannot be loaded ({error.__cause__}). Without the hub, set filler=/folder of "
-            "*.txt(.gz), LRSA_DATA=/folder that holds prose/, or filler=null for the built-in sentences"
+            f"the hub's text {hub!r} cannot be loaded ({error.__cause__}). Without the hub, set path or filler=/folder "
+            "of *.txt(.gz), LRSA_DATA=/folder that holds prose/, or filler=null for the built-in sentences"
         ) from error
     if "text" not in rows.column_names:
-        raise ValueError(f"filler={name!r} needs a column `text`; it has {', '.join(rows.column_names)}")
+        raise ValueError(f"text {name!r} needs a column `text`; it has {', '.join(rows.column_names)}")
     return [(hub, "\n\n".join(rows["text"]))], name
 
 
@@ -68,7 +68,7 @@ def _title(file: Path) -> str:
 def _files(path: Path, name: str) -> list[Path]:
     files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.name.endswith(SUFFIXES))
     if not files:
-        raise FileNotFoundError(f"filler={name!r}: no *.txt or *.txt.gz in {path}")
+        raise FileNotFoundError(f"text {name!r}: no *.txt or *.txt.gz in {path}")
     return files
 
 

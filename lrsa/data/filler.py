@@ -63,7 +63,7 @@ def _read_books(name: str, _stand_ins: str | None) -> tuple[tuple[Book, ...], st
                 paragraphs.append(sentences)
         books.append(Book(title, tuple(paragraphs)))
     if not any(book.paragraphs for book in books):
-        raise ValueError(f"filler={name!r} has no paragraph of 40 characters or more")
+        raise ValueError(f"text {name!r} has no paragraph of 40 characters or more")
     return tuple(books), origin
 
 
