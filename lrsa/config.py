@@ -188,6 +188,17 @@ class PerplexityConf:
 
 
 @dataclass
+class SelectionConf:
+    """`selection`, of `lrsa-eval mode=selection`: what is kept of `evaluation`'s prompts, and what that does."""
+
+    against: str | None = None  # another model of the same shape: a run's `model` folder, a hub id, or a .gguf file
+    name: str = "against"  # as tables and figures call it; the model itself is `run.arm`
+    scorers: list[str] = field(default_factory=lambda: ["oracle", "snapkv", "random"])  # compared on the same inputs
+    scorer_samples: int = 64  # first samples of a task that these rank too: the oracle takes O(T^2)
+    figure: bool = True
+
+
+@dataclass
 class RunConf:
     """What every command knows about its run."""
 
@@ -219,7 +230,8 @@ class TrainConf:
 class EvalConf:
     """`lrsa-eval`: evaluate a checkpoint over the grid."""
 
-    mode: str = "score"  # references in one pass; generate: answers; lm_eval: lm-eval's tasks; perplexity: of prose
+    # references in one pass; generate: answers; lm_eval: lm-eval's tasks; perplexity: of prose; selection: what is kept
+    mode: str = "score"
     run: RunConf = field(default_factory=RunConf)
     model: ModelConf = field(default_factory=ModelConf)
     logger: LoggerConf = field(default_factory=LoggerConf)
@@ -228,6 +240,7 @@ class EvalConf:
     generate: GenerateConf = field(default_factory=GenerateConf)
     lm_eval: LMEvalConf = field(default_factory=LMEvalConf)
     perplexity: PerplexityConf = field(default_factory=PerplexityConf)
+    selection: SelectionConf = field(default_factory=SelectionConf)
     resume: str | None = None  # folder of a run that was killed or failed; what it finished is not computed again
     dry_run: bool = False  # as of lrsa-train
 
@@ -245,6 +258,7 @@ class TableConf:
     title: str = "Post-training x inference compression"
     rows: list[str] = field(default_factory=lambda: ["arm"])  # keys of record, config or cell whose values make a row
     columns: list[str] = field(default_factory=lambda: ["compression"])  # likewise a column
+    rows_title: str | None = None  # above the rows' names; null: "post-trained with", or the keys of rows
     arms: list[str] = field(default_factory=list)  # rows in this order, as they are called; []: all, by name
     seeds: Any = None  # that the arms are to have, [0, 1, 2] or {arm: [0]}: one that no record gives is named
     reference: Any = None  # row that differences are to, {arm: its own}, or full: its full cache; default: the first

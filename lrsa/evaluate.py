@@ -1,15 +1,19 @@
 """`lrsa-eval`: evaluate a checkpoint over the grid of tasks and compressions.
 
 mode=score scores references in one pass each, mode=generate generates answers, mode=lm_eval runs lm-eval's tasks,
-mode=perplexity reads prose.
+mode=perplexity reads prose, mode=selection looks at which tokens are kept.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import gzip
 import hashlib
 import json
+import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -21,17 +25,21 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lrsa.config import EvalConf, config_dir, register_configs
+from lrsa.config import EvalConf, ModelConf, config_dir, register_configs
 from lrsa.evaluation import Task, evaluate, load_tasks
 from lrsa.evaluation.perplexity import evaluate_prose, read_windows
+from lrsa.evaluation.selection import analyse
 from lrsa.models import build_model, build_tokenizer
 from lrsa.results import Record
+from lrsa.results.figures import NothingToShow, save_figure, selection_figure
 from lrsa.results.record import write_atomically
+from lrsa.results.selection import selection_metrics, selection_tables, write_selection
 from lrsa.sweep import register_sweeps, run_once
 from lrsa.tracking import WandbRun, finish, journalled, recorded, task_overrides
 from lrsa.training import resolve_device
 from lrsa.validation import bad_input_without_traceback, check_context_window, check_eval
 
+WIDE = 130  # characters of a table in a log
 SAMPLES_FILE = "lm_eval_samples.jsonl.gz"
 
 register_configs()
@@ -68,6 +76,8 @@ def run_evaluation(conf: EvalConf, overrides: Sequence[str] = ()) -> Record:
             _run_lm_eval(conf, tokenizer, record, logger)
         elif conf.mode == "perplexity":
             _run_perplexity(conf, tokenizer, record, logger)
+        elif conf.mode == "selection":
+            _run_selection(conf, tokenizer, record, logger)
         else:
             _run_grid(conf, tokenizer, record, logger)
     return record
@@ -137,6 +147,35 @@ def _run_perplexity(
     check_context_window(model.config, length)
     cells, outcomes = evaluate_prose(model, windows, conf.evaluation, conf.perplexity, conf.trainer.progress)
     finish(record, logger, cells, outcomes)
+
+
+def _run_selection(conf: EvalConf, tokenizer: PreTrainedTokenizerBase, record: Record, logger: WandbRun | None) -> None:
+    evaluation = dataclasses.replace(conf.evaluation, floor=False, ceiling=False)  # which have nothing to select from
+    tasks = load_tasks(tokenizer, evaluation, evaluation.length)
+    record.update(data=[fact for task in tasks for fact in task.facts()])
+    model, other, names = _load_model(conf), None, {"own": conf.run.arm or conf.run.name}
+    check_context_window(model.config, evaluation.length)
+    if conf.selection.against is not None:
+        other = build_model(other_model(conf.model, conf.selection.against), None).to(model.device)
+        names["against"] = conf.selection.name
+    cells, outcomes, found = analyse(model, other, tokenizer, evaluation, conf.selection, tasks, conf.trainer.progress)
+    selection = write_selection(record.folder, names, found)
+    finish(record, logger, cells, outcomes, selection_metrics(found))
+    console = Console(width=None if sys.stdout.isatty() else WIDE)
+    for table in selection_tables(selection):
+        console.print(table)
+    for factor in dict.fromkeys(cell["compression"] for cell in found) if conf.selection.figure else ():
+        with contextlib.suppress(NothingToShow):  # the table has said so
+            save_figure(selection_figure(selection, factor), record.folder, f"selection_{factor:g}x")
+
+
+def other_model(conf: ModelConf, against: str) -> ModelConf:
+    """`selection.against` as a model that is loaded as `conf` is: a folder, a hub id, or a .gguf file."""
+    other = dataclasses.replace(conf, name=against, gguf_file=None, revision=None, config=None)
+    if against.endswith(".gguf"):
+        file = Path(against).expanduser()
+        other = dataclasses.replace(other, name=str(file.parent), gguf_file=file.name)
+    return other
 
 
 def _run_lm_eval(conf: EvalConf, tokenizer: PreTrainedTokenizerBase, record: Record, logger: WandbRun | None) -> None:

@@ -14,11 +14,13 @@ from omegaconf import OmegaConf
 
 from lrsa.config import EvalConf, TableConf
 from lrsa.data.wordlists import HAYSTACK
-from lrsa.evaluate import SAMPLES_FILE, run_evaluation
+from lrsa.evaluate import SAMPLES_FILE, other_model, run_evaluation
 from lrsa.evaluation.errors import EvaluationInputError, TruncationWarning
+from lrsa.models import load_model
 from lrsa.results import Record, RecordError
 from lrsa.results.figures import position_figure
 from lrsa.results.positions import position_frame
+from lrsa.results.selection import read_selection
 from lrsa.table import build
 from lrsa.tracking.run import results_figure
 from lrsa.validation import ConfigError
@@ -322,3 +324,66 @@ def test_kvpress_itself(tmp_path: Path) -> None:
         assert full["exact"] > compressed["exact"]
         ratios[press] = compressed["measured_ratio"]
     assert all(ratio == pytest.approx(4, abs=0.3) for ratio in ratios.values()), ratios
+
+
+def test_selection_and_what_stands_beside_its_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = load_model("recall-tiny")
+    for name, weight in other.named_parameters():
+        if "k_proj" in name:
+            weight.data = weight.data.flip(0)
+    other.save_pretrained(tmp_path / "other")
+    more = ["mode=selection", f"selection.against={tmp_path / 'other'}", "selection.name=flipped", "run.arm=as shipped"]
+    record = run_evaluation(configure(tmp_path / "run", *more, "selection.scorer_samples=4"))
+    shown = capsys.readouterr().out
+    for said in ("What survives until the answer", "Agreement", "The swap", "What as shipped has over flipped"):
+        assert said in shown
+    assert [(cell["task"], cell["compression"], cell["n"]) for cell in record.cells] == [("recall", 4, 12)]
+    assert {fact["name"] for fact in record.data} == {"recall"}
+    scored = run_evaluation(configure(tmp_path / "scored"))
+    assert record.outcomes() == [row for row in scored.outcomes() if row["compression"] == 4]
+    assert record.metrics["exact/recall/4x"] == scored.metrics["exact/recall/4x"]
+    assert record.metrics["selection/recall/exact.own.own/4x"] == record.metrics["exact/recall/4x"]
+    assert 0.25 < record.metrics["selection/recall/agreement.own.oracle/4x"] < 1
+    found = read_selection(record.folder)
+    assert found["names"] == {"own": "as shipped", "against": "flipped"} and len(found["cells"]) == 1
+    assert (
+        (record.folder / "selection_4x.png").stat().st_size > 5_000 < (tmp_path / "run/selection_4x.pdf").stat().st_size
+    )
+
+    alone = run_evaluation(
+        configure(tmp_path / "alone", "mode=selection", "selection.scorers=[]", "selection.figure=false")
+    )
+    assert "The swap" not in capsys.readouterr().out and not list(alone.folder.glob("*.png"))
+    assert alone.outcomes() == record.outcomes()
+
+
+def test_what_mode_selection_cannot_do_is_said_at_once(tmp_path: Path) -> None:
+    several = [
+        "evaluation.compressions=[1]",
+        "selection.scorers=[oracle,snapkw,oracle]",
+        "selection.scorer_samples=0",
+        "selection.against=/nowhere/model.gguf",
+        "evaluation.attention.schedule=prefill_once",
+    ]
+    with pytest.raises(ConfigError) as error:
+        run_evaluation(configure(tmp_path / "run", "mode=selection", *several))
+    for said in (
+        r"compresses nothing, and mode=selection looks at what is kept: add one above 1",
+        "['snapkw'] unknown; choose of expected_attention, h2o",
+        "repeats a value",
+        "selection.scorer_samples=0: samples, at least 1",
+        "selection.against=/nowhere/model.gguf is not a file",
+        "schedule=prefill_once does not work with mode=selection",
+    ):
+        assert said in str(error.value)
+    with pytest.raises(ConfigError, match=r"compressions=64 keeps none of a partition's 32 tokens"):
+        run_evaluation(configure(tmp_path / "run", "mode=selection", "evaluation.compressions=[4,64]"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_other_model_is_loaded_as_the_first(tmp_path: Path) -> None:
+    conf = configure(tmp_path, "model=smollm2_gguf", "model.dtype=bfloat16").model
+    folder = other_model(conf, "runs/model")
+    assert (folder.name, folder.gguf_file, folder.dtype) == ("runs/model", None, "bfloat16")
+    file = other_model(folder, "models/base.gguf")
+    assert (file.name, file.gguf_file, file.dtype) == ("models", "base.gguf", "bfloat16")

@@ -22,6 +22,7 @@ from lrsa.attention import inspection
 from lrsa.attention.api import sparse_attention
 from lrsa.attention.config import SparseAttentionConfig
 from lrsa.attention.documents import PAD, LastResult, find_documents
+from lrsa.attention.inspection import LayerInputs
 
 NAME = "lrsa"
 CACHE_ATTEND = "_lrsa_cache_attend"  # attribute of the key tensor that `SparseKVCache.update` hands out
@@ -111,10 +112,11 @@ def attention(
     document_ids = found[0]
     depth: int = module.config.num_hidden_layers  # type: ignore[union-attr, assignment]
     config = config.for_layer(layer_idx, depth) or config
-    inspection.show(layer_idx, query, key, value, config, scaling)
+    prompt_lengths = kwargs.get("prompt_lengths")
+    inputs = LayerInputs(layer_idx, query, key, value, config, scaling, document_ids, prompt_lengths)
     out = sparse_attention(
-        query, key, value, config, layer_idx=layer_idx, document_ids=document_ids,
-        prompt_lengths=kwargs.get("prompt_lengths"), scale=scaling, backend=backend,
+        query, key, value, config, kept=inspection.show(inputs), layer_idx=layer_idx, document_ids=document_ids,
+        prompt_lengths=prompt_lengths, scale=scaling, backend=backend,
     )  # fmt: skip
     return out.transpose(1, 2).contiguous(), None
 

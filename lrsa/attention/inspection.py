@@ -1,4 +1,4 @@
-"""Looking into a forward pass: what each layer's selection reads, and how it ranks the tokens.
+"""Looking into a forward pass: what each layer's selection reads, how it ranks the tokens; and choosing in its place.
 
 B batch, Hq query heads, H key/value heads, T tokens, D head dimension.
 """
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lrsa.attention import once
+from lrsa.attention.api import kept_tokens
 from lrsa.attention.config import ONCE, SparseAttentionConfig
 from lrsa.attention.prompts import lengths_of_rows
 from lrsa.attention.scorers import Partitions, Prompt
@@ -21,7 +22,9 @@ from lrsa.attention.selection import detached, partition
 
 
 class LayerInputs(NamedTuple):
-    """What one layer attends with: ``query [B, Hq, T, D]``, ``key``/``value [B, H, T, D]`` after RoPE."""
+    """What one layer attends with: ``query [B, Hq, T, D]``, ``key``/``value [B, H, T, D]`` after RoPE; the last two as
+    `sparse_attention` takes them.
+    """
 
     layer_idx: int
     query: Tensor
@@ -29,9 +32,14 @@ class LayerInputs(NamedTuple):
     value: Tensor
     config: SparseAttentionConfig
     scale: float | None
+    document_ids: Tensor | None = None
+    prompt_lengths: Tensor | int | None = None
 
+
+Choice = Callable[[LayerInputs], Tensor | None]
 
 _OBSERVERS: list[Callable[[LayerInputs], None]] = []  # empty but inside `inspecting`
+_CHOICES: list[Choice] = []  # empty but inside `selecting`
 
 
 @contextlib.contextmanager
@@ -46,12 +54,34 @@ def inspecting(observer: Callable[[LayerInputs], None]) -> Iterator[None]:
         _OBSERVERS.remove(observer)
 
 
-def show(
-    layer_idx: int, query: Tensor, key: Tensor, value: Tensor, config: SparseAttentionConfig, scale: float | None
-) -> None:
-    """Called by the bridge: hand a layer's inputs to who is `inspecting`."""
+@contextlib.contextmanager
+def selecting(choice: Choice) -> Iterator[None]:
+    """Inside, every ``lrsa`` attention layer keeps what `choice` says, without a cache: bool ``[B, H, T]`` as
+    `kept_tokens` returns it and with as many tokens as the layer's config keeps (ValueError otherwise), or None, for
+    what it would have kept anyway. Of several inside one another the innermost is asked.
+    """
+    _CHOICES.append(choice)
+    try:
+        yield
+    finally:
+        _CHOICES.remove(choice)
+
+
+def show(inputs: LayerInputs) -> Tensor | None:
+    """Called by the bridge: hand a layer's inputs to who is `inspecting`, and return what who is `selecting` chose."""
     for observer in _OBSERVERS:
-        observer(LayerInputs(layer_idx, query, key, value, config, scale))
+        observer(inputs)
+    return _CHOICES[-1](inputs) if _CHOICES else None
+
+
+def kept_by(inputs: LayerInputs, config: SparseAttentionConfig | None = None) -> Tensor:
+    """`kept_tokens` of a layer, bool ``[B, H, T]``; under another `config` than its own, on the same inputs."""
+    config = inputs.config if config is None else config
+    return kept_tokens(
+        inputs.key, inputs.value, config, query=inputs.query, layer_idx=inputs.layer_idx,
+        document_ids=inputs.document_ids, prompt_lengths=inputs.prompt_lengths if config.reads_prompt_lengths else None,
+        scale=inputs.scale,
+    )  # fmt: skip
 
 
 def token_scores(inputs: LayerInputs) -> Tensor:
@@ -60,7 +90,7 @@ def token_scores(inputs: LayerInputs) -> Tensor:
 
     Rows are one prompt each, without pads.
     """
-    layer_idx, _, key, _, config, _ = inputs
+    layer_idx, key, config = inputs.layer_idx, inputs.key, inputs.config
     scores = torch.full(key.shape[:3], torch.nan, device=key.device)
     layer, tokens = config.for_layer(layer_idx), key.shape[2]
     if layer is None:
@@ -78,7 +108,7 @@ def token_scores(inputs: LayerInputs) -> Tensor:
 
 def _parts(inputs: LayerInputs, layer: SparseAttentionConfig) -> Partitions:
     """What the layer's scorer reads."""
-    layer_idx, query, key, value, _, _ = inputs
+    layer_idx, query, key, value = inputs[:4]
     scorer, tokens = layer.build_scorer(), key.shape[2]
     key, value, read, scale = detached(key, value, query if scorer.reads_query else None, layer, inputs.scale)
     if layer.schedule == ONCE:

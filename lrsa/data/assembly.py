@@ -89,7 +89,7 @@ class SampleSet(Dataset[Sample]):
         if not self.synthetic and conf.questions > have:
             raise ValueError(f"questions={conf.questions} a context, but {self.loaded.origin} has only {have}")
         self.pool = list({d.text: d for d in self.loaded.documents}.values()) if context else []
-        self.store.preload(self._passage(d) for d in self.loaded.documents if context)
+        self.store.preload(self.piece(d) for d in self.loaded.documents if context)
         with_filler = self.length is not None and not self.bare
         self.space = self.task.space if self.task else Whitespace()
         self.filler = Filler(conf.filler, self.store, self.space.noise) if with_filler else None
@@ -337,16 +337,13 @@ class SampleSet(Dataset[Sample]):
         """Ids of what must be in the context (gold; all needles), and of the examples' own other passages."""
         if self.synthetic:
             held = {d.text for e in examples for d in e.documents if d.is_supporting or not self.gold_only}
-            form = self.space.in_noise if self.in_noise else self.space.statement
-            texts = [form.format(d.text) for d in examples[0].documents if d.text in held]
-            if self.task is not None and self.task.least is not None:  # a context of its own
-                texts[0] = self.space.whole + texts[0].lstrip()
-            return self.store.encode(texts), []
+            needles = [d for d in examples[0].documents if d.text in held]
+            return self.store.encode([self.piece(d, k == 0) for k, d in enumerate(needles)]), []
         supporting = dict.fromkeys(d.text for e in examples for d in e.documents if d.is_supporting)
         unique = {d.text: d for e in examples for d in e.documents}
-        gold = [self.store.get(self._passage(unique[text])) for text in supporting]
+        gold = [self.store.get(self.piece(unique[text])) for text in supporting]
         others = () if self.gold_only else unique.items()
-        return gold, [self.store.get(self._passage(d)) for text, d in others if text not in supporting]
+        return gold, [self.store.get(self.piece(d)) for text, d in others if text not in supporting]
 
     def _asked(self, examples: list[Example]) -> list[int]:
         """Positions, in the gold list, of the passages that the questions need."""
@@ -360,7 +357,7 @@ class SampleSet(Dataset[Sample]):
         groups = {document.group for example in examples for document in example.documents}
         texts = {document.text for example in examples for document in example.documents}
         others = (self.pool[number] for number in shuffled(len(self.pool), rng))
-        fresh = (self.store.get(self._passage(d)) for d in others if d.group not in groups and d.text not in texts)
+        fresh = (self.store.get(self.piece(d)) for d in others if d.group not in groups and d.text not in texts)
         found: list[Ids] = []
         misses = 0
         rng.shuffle(own)
@@ -376,9 +373,14 @@ class SampleSet(Dataset[Sample]):
                 misses = 0
         return found
 
-    def _passage(self, document: Document) -> str:
-        titled = self.args["titles"] and document.title
-        return NEW_PARAGRAPH + (f"{document.title}\n" if titled else "") + document.text
+    def piece(self, document: Document, first: bool = False) -> str:
+        """A document of the context as it is tokenised; `first`: of a synthetic one."""
+        if not self.synthetic:
+            titled = self.args["titles"] and document.title
+            return NEW_PARAGRAPH + (f"{document.title}\n" if titled else "") + document.text
+        text = (self.space.in_noise if self.in_noise else self.space.statement).format(document.text)
+        opens = first and self.task is not None and self.task.least is not None  # a context of its own
+        return self.space.whole + text.lstrip() if opens else text
 
     def _check_size(self, examples: list[Example], size: int) -> None:
         if self.length is None or size <= self.length:

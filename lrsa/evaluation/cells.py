@@ -69,15 +69,19 @@ def score_cell(
         finished=finished,
     )
     seconds = time.perf_counter() - clock
+    tokens = sum(sample.length for sample in column.samples)
+    return {**scored_cell(model, column, conf, scored), **_speed(seconds, tokens)}, scored
+
+
+def scored_cell(model: PreTrainedModel, column: Column, conf: EvaluationConf, scored: Sequence[Outcome]) -> Cell:
+    """The cell of outcomes that `score` gave, without its speed."""
     # Tokens before the (last) answer: what is in the cache when answering starts.
     prompts = [sample.answer_spans[-1][0] for sample in column.samples]
-    cell = {
+    return {
         **_summary(column, scored, ("exact",), conf.bootstrap),
         "nll": sum(outcome.nll for outcome in scored) / len(scored),
         **measure_cache(model, column.attention, prompts, conf.precision),
-        **_speed(seconds, sum(sample.length for sample in column.samples)),
     }
-    return cell, scored
 
 
 def generate_cell(

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lrsa.attention import SparseAttentionConfig, kept_tokens
-from lrsa.attention.inspection import LayerInputs, inspecting, token_scores
+from lrsa.attention import SparseAttentionConfig
+from lrsa.attention.inspection import LayerInputs, inspecting, kept_by, token_scores
 from lrsa.evaluation.scoring import evaluating
 
 
@@ -87,11 +87,8 @@ def kept_map(
             kept[layer, :, : max(0, len(ids) - config.sliding_window)] = False
 
     def look(inputs: LayerInputs) -> None:
-        layer_idx, query, key, value, layer, scale = inputs
-        lengths = len(ids) if layer.reads_prompt_lengths else None
-        held = kept_tokens(key, value, layer, query=query, layer_idx=layer_idx, prompt_lengths=lengths, scale=scale)
-        kept[layer_idx] = held[0].cpu().numpy()
-        scores[layer_idx] = token_scores(inputs)[0].cpu().numpy()
+        kept[inputs.layer_idx] = kept_by(inputs)[0].cpu().numpy()
+        scores[inputs.layer_idx] = token_scores(inputs)[0].cpu().numpy()
 
     arguments = {"prompt_lengths": len(ids)} if attention.reads_prompt_lengths else {}
     input_ids = torch.tensor([ids], device=model.device)

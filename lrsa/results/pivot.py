@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from lrsa.results.keys import ABSENT, COMPRESSION, flat, look_up
@@ -24,10 +24,14 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Pivot:
-    """Keys whose values make the rows and the columns; `compression` as a column is the table's usual one."""
+    """Keys whose values make the rows and the columns; `compression` as a column is the table's usual one.
+
+    rows_title: heads the column that names the rows; None: "post-trained with" above arms, else their keys.
+    """
 
     rows: tuple[str, ...] = ROWS
     columns: tuple[str, ...] = COLUMNS
+    rows_title: str | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         both = set(self.rows) & set(self.columns)
@@ -47,7 +51,7 @@ class Pivot:
     @property
     def title(self) -> str:
         """Of the column that names the rows."""
-        return "post-trained with" if self.rows == ROWS else ", ".join(map(_last, self.rows))
+        return self.rows_title or ("post-trained with" if self.rows == ROWS else ", ".join(map(_last, self.rows)))
 
     def place(self, record: Record, cell: Mapping[str, Any]) -> Place:
         setting = Setting.of(cell)

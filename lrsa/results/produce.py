@@ -36,7 +36,7 @@ def make_table(conf: TableConf, records: Sequence[Record], rebuild: str = "lrsa-
         "rebuild": rebuild,
         "seeds": expected_seeds(conf.seeds),
         "where": Where.parse(conf.where),
-        "pivot": Pivot(tuple(conf.rows), tuple(conf.columns)),
+        "pivot": Pivot(tuple(conf.rows), tuple(conf.columns), conf.rows_title),
         "draws": conf.draws or (EACH if conf.store is None else SHARED),
     }
     if conf.retention is not None:

@@ -48,6 +48,12 @@ def test_rows_by_config_keys(grid: list[Record]) -> None:
     assert "Lag\\_size, top\\_k" in to_latex(table) and ',"128, 16",' in to_csv(table)
 
 
+def test_the_rows_may_be_headed_otherwise(grid: list[Record]) -> None:
+    table = build_table(grid, pivot=Pivot(rows_title="compressed by"), compressions=[4], **FAST)
+    assert "| task | compressed by | n |" in to_markdown(table) and "Compressed by" in to_latex(table)
+    assert Pivot(rows_title="compressed by").usual
+
+
 def test_rows_and_columns_of_a_grid(grid: list[Record]) -> None:
     pivot = Pivot(("attention.lag_size",), ("attention.top_k",))
     table = build_table(grid, pivot=pivot, where=Where.parse("compression == 4"), reference="128", **FAST)

@@ -7,7 +7,8 @@
 - heat: a score by two settings, such as lag x compression; needle: by depth and length of the context
 - position: likelihood of prose by position; loss, throughput: of runs
 
-`kept_figure`, `kept_text_figure` and `kept_html` show which tokens of a prompt a model keeps.
+`kept_figure`, `kept_text_figure` and `kept_html` show which tokens of a prompt a model keeps, `selection_figure` what
+becomes of the answers' tokens, layer by layer.
 """
 
 from lrsa.results.figures.curves import loss_figure, throughput_figure
@@ -15,6 +16,7 @@ from lrsa.results.figures.heat import heat_figure, needle_figure
 from lrsa.results.figures.kept import kept_figure, kept_html, kept_share, kept_text_figure
 from lrsa.results.figures.lines import accuracy_figure, pareto_figure, position_figure, retention_figure
 from lrsa.results.figures.registry import FIGURES, make_figures
+from lrsa.results.figures.selection import selection_figure
 from lrsa.results.figures.style import COLOURS, MARKERS, save_figure
 from lrsa.results.grids import NothingToShow
 
@@ -36,5 +38,6 @@ __all__ = [
     "position_figure",
     "retention_figure",
     "save_figure",
+    "selection_figure",
     "throughput_figure",
 ]
