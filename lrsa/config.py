@@ -64,13 +64,14 @@ class ExamplesConf:
 
     source: str = MISSING  # of lrsa.data.sources.SOURCES
     path: str | None = None  # hub name, local folder or file; synthetic sources have none
-    split: str = "train"
+    split: str = "train"  # train[fit], train[dev]: two sides of it that share no article
     weight: float = 1.0  # share of the training mixture
     questions: int = 1  # per context, one after another in a sample
     apart: bool = False  # of a task: each of a context's questions is a sample of its own, over the same context
     limit: int | None = None  # samples of a task (training: recipe.steps); None: every question once
     seed: int = 0
-    # prose: folder of *.txt(.gz), or hub id:config; repeat: RULER's line of noise; None: the built-in sentences
+    # prose: folder of *.txt(.gz), or hub id:config, @train without the books that are held out (lrsa.data.books);
+    # repeat: RULER's line of noise; None: the built-in sentences
     filler: str | None = None
     prompt: str = "chat"  # chat (the tokenizer's template) or plain
     args: dict[str, Any] = field(default_factory=dict)  # of the source
@@ -202,7 +203,8 @@ class LMEvalConf:
 class PerplexityConf:
     """`perplexity`, of `lrsa-eval mode=perplexity`: prose in windows of `evaluation.length` tokens, one pass each."""
 
-    text: str = "Salesforce/wikitext:wikitext-2-raw-v1"  # folder of *.txt(.gz), a file, or hub id:config
+    # folder of *.txt(.gz), a file, or hub id:config; @validation: the books alone that training leaves out
+    text: str = "Salesforce/wikitext:wikitext-2-raw-v1"
     windows: int = 100  # at most, spread evenly over the text; they do not overlap
     buckets: int = 8  # equal stretches of a window, each with a row of its own
 

@@ -14,7 +14,9 @@ from omegaconf.errors import OmegaConfBaseException
 from lrsa.attention import from_conf
 from lrsa.attention.scorers import SCORERS
 from lrsa.config import EvalConf, TrainConf, config_dir, register_configs
+from lrsa.data import LRSADataModule
 from lrsa.data.vocabulary import build_tokenizer
+from lrsa.models import load_tokenizer
 from lrsa.results import Record
 from lrsa.train import run_training
 from lrsa.validation import ConfigError, ConfigWarning, check_eval, check_train
@@ -177,7 +179,10 @@ def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("world")
     rows = {"squad": [], "hotpotqa": []}  # type: dict[str, list[dict[str, Any]]]
     for number in range(24):
-        text = f"Town {number} was built in {1000 + number}. It lies by the river and has an old market and a tower."
+        text = (
+            f"Town {number} was built in {1000 + number} by people from Hill {number}. "
+            "It lies by the river and has an old market and a tower."
+        )
         rows["squad"].append(
             {
                 "id": f"s{number}",
@@ -199,14 +204,37 @@ def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, entries in rows.items():
         (folder / name).mkdir()
         for split in ("train", "validation", "test"):
-            lines = "".join(json.dumps(row) + "\n" for row in entries)
+            lines = "".join(json.dumps(row) + "\n" for row in (entries if split == "train" else entries[16:]))
             (folder / name / f"{split}.jsonl").write_text(lines, encoding="utf-8")
     (folder / "prose").mkdir()
-    (folder / "prose" / "story.txt").write_text(
-        "The rain fell on the town. People ran home.\n\n" * 200, encoding="utf-8"
-    )
+    for title in ("story", "tale"):
+        lines = (
+            f"The rain of {title} night {k} fell on town {500 + k} for hours. People ran home by the old road, "
+            "past the tower and the market, and shut their doors.\n\n"
+            for k in range(100)
+        )
+        (folder / "prose" / f"{title}.txt").write_text("".join(lines), encoding="utf-8")
     build_tokenizer().save_pretrained(folder / "tokenizer")
     return folder
+
+
+@pytest.mark.parametrize("data", [name for name in options("data") if name.startswith("recipe")])
+def test_every_recipe_mixture_gives_samples(data: str, tiny_world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the experiments below, but for the training: a batch of each part."""
+    monkeypatch.setenv("LRSA_DATA", str(tiny_world))
+    sizes = ["model=tiny_random", "trainer=cpu", "data.length=700", "recipe.steps=40"]
+    conf = compose_train("experiment=smollm2_robustness", f"data={data}", *sizes)
+    check_train(conf)
+    module = LRSADataModule(conf.data, load_tokenizer(str(tiny_world / "tokenizer")), conf.recipe, conf.run.seed)
+    drawn = {part["name"]: part["drawn"] for part in module.describe()}
+    assert set(drawn) == set(conf.data.parts) and min(drawn.values()) > 0
+    assert sum(part.weight for part in conf.data.parts.values()) == pytest.approx(1)
+    for part in module.mixture.parts.values():
+        sample = part.sample(0)
+        assert len(sample.input_ids) == 700 and sample.answer_spans[-1][1] == 700
+    trained = [part for part in conf.data.parts.values() if part.path]
+    assert {part.split for part in trained} <= {"train", "train[fit]"}, "nothing that is tested on"
+    assert all((part.filler or "@train").endswith("@train") for part in conf.data.parts.values())
 
 
 @pytest.mark.parametrize("experiment", options("experiment"))
@@ -284,6 +312,15 @@ def test_every_experiment_runs_on_a_tiny_model(
         (["model.dtype=int8"], r"model\.dtype='int8'.*float32"),
         (["model.gguf_file=a.gguf"], r"model\.gguf_file=a\.gguf"),
         (["data.parts.needles.weight=0"], r"all weights are 0"),
+        (
+            ["data.parts.needles.source=prose", "+data.parts.needles.args.targets=256"],
+            r"data\.parts\.needles\.args\.targets=256 must be below data\.length=256",
+        ),
+        (
+            ["data.parts.needles.source=prose", "+data.parts.needles.args.targets=many"],
+            r"data\.parts\.needles: source 'prose' has no args",
+        ),
+        (["evaluation.tasks.recall.source=prose"], r"recall\.source=prose asks nothing: lrsa-eval mode=perplexity"),
         (["data.parts.needles.apart=true"], r"data\.parts\.needles\.apart=true is for tasks"),
         (["evaluation.tasks.recall.apart=true"], r"tasks\.recall\.apart=true .*recall\.questions=1: raise it"),
         (["data.parts.needles.limit=5"], r"data\.parts\.needles\.limit=5 bounds tasks alone"),

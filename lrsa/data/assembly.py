@@ -73,7 +73,7 @@ class SampleSet(Dataset[Sample]):
             raise ValueError(f"questions={conf.questions} must be at least 1")
         if conf.limit is not None and conf.limit < 1:
             raise ValueError(f"limit={conf.limit} must be at least 1, or null for everything")
-        self.synthetic = source_of(conf).read is None
+        self.synthetic = source_of(conf).synthetic
         self.task = SYNTHETIC[conf.source] if self.synthetic else None
         self.loaded = loaded or (Loaded([], f"synthetic {conf.source}") if self.synthetic else load(conf, stream))
         self.examples = self.loaded.examples
@@ -88,8 +88,8 @@ class SampleSet(Dataset[Sample]):
         have = len(self.examples)
         if not self.synthetic and conf.questions > have:
             raise ValueError(f"questions={conf.questions} a context, but {self.loaded.origin} has only {have}")
-        self.pool = list({d.text: d for e in self.examples for d in e.documents}.values()) if context else []
-        self.store.preload(self.piece(d) for e in self.examples for d in e.documents if context)
+        self.pool = list({d.text: d for d in self.loaded.documents}.values()) if context else []
+        self.store.preload(self.piece(d) for d in self.loaded.documents if context)
         with_filler = self.length is not None and not self.bare
         self.space = self.task.space if self.task else Whitespace()
         self.filler = Filler(conf.filler, self.store, self.space.noise) if with_filler else None
@@ -168,7 +168,7 @@ class SampleSet(Dataset[Sample]):
         hashed = self.task is not None and self.task.hash_draws
         first = [draw_context(self.conf, index, self.stream) for index in range(_DRAWS)] if hashed else []
         drawn = [json.dumps(asdict(example), sort_keys=True) for examples in first for example in examples]
-        return digest([*parts, digest(drawn or [repr(example) for example in self.examples])])
+        return digest([*parts, digest(drawn or self.loaded.rows())])
 
     def _rng(self, *key: object) -> random.Random:
         return stream_rng(self.stream, self.conf.seed, self.conf.source, *key)
@@ -241,9 +241,9 @@ class SampleSet(Dataset[Sample]):
             examples = self.examples_of(index)
             texts = self._texts(examples)
             # no tokenizer makes more tokens than bytes (plus one a piece): most samples pass without being built
-            bound = sum(len(ids) for ids in self._documents(examples)[0]) + len(texts)
-            if bound + sum(len(text.encode()) for text in texts) > self.length:
-                self.sample(index)
+            gold = sum(len(ids) for ids in self._documents(examples)[0])
+            if gold + len(texts) + sum(len(text.encode()) for text in texts) > self.length:
+                self._check_size(examples, gold + sum(map(len, self.store.encode(texts))))
 
     def _conversation(self, example: Example, joiner: Joiner) -> None:
         """Loss on what the assistant writes, each answer with its end of turn."""

@@ -7,7 +7,7 @@ depends on (data, seed, g) alone: its part is drawn from (seed, g), and it is th
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict
@@ -20,7 +20,9 @@ from transformers import PreTrainedTokenizerBase
 
 from lrsa.config import DataConf, ExamplesConf, RecipeConf
 from lrsa.data.assembly import SampleSet
+from lrsa.data.prose import ProseSet
 from lrsa.data.sample import Sample
+from lrsa.data.sources import source_of
 from lrsa.data.tokens import digest
 
 
@@ -59,7 +61,9 @@ def pad_id_of(tokenizer: PreTrainedTokenizerBase) -> int:
 class Mixture(Dataset[Sample]):
     """Samples 0 .. total-1 of a run, parts drawn by weight."""
 
-    def __init__(self, parts: dict[str, SampleSet], weights: dict[str, float], seed: int, total: int) -> None:
+    def __init__(
+        self, parts: Mapping[str, SampleSet | ProseSet], weights: dict[str, float], seed: int, total: int
+    ) -> None:
         self.parts, self.total = parts, total
         names = list(parts)
         share = np.array([weights[name] for name in names], dtype=np.float64)
@@ -151,10 +155,11 @@ class LRSADataModule(L.LightningDataModule):
             self._mixture.check()
         return self._mixture
 
-    def _part(self, name: str, conf: ExamplesConf, cache_dir: Path | None) -> SampleSet:
+    def _part(self, name: str, conf: ExamplesConf, cache_dir: Path | None) -> SampleSet | ProseSet:
         stream = f"train/{name}/{self.seed}"
         try:
-            return SampleSet(conf, self.tokenizer, self.data.length, stream=stream, cache_dir=cache_dir)
+            made = ProseSet if source_of(conf).prose else SampleSet
+            return made(conf, self.tokenizer, self.data.length, stream=stream, cache_dir=cache_dir)
         except ValueError as error:
             error.add_note(f"in data.parts.{name}")
             raise

@@ -1,24 +1,23 @@
 """Filler prose, token by token: text between needles, and the last bit of a context of documents.
 
-Built in: sentences of `wordlists.HAYSTACK` in random order, or (`repeat`) RULER's line of noise again and again. Else a
-folder (or file) of `.txt` or `.txt.gz`, or a hub data set with a `text` column, written `owner/name` or
-`owner/name:config`; a slice starts at a random paragraph.
+Built in: sentences of `wordlists.HAYSTACK` in random order, or (`repeat`) RULER's line of noise again and again. Else
+running text (`lrsa.data.books`: a folder, a file, or `owner/name:config` on the hub; `@train` leaves the books out that
+are held out); a slice starts at a random paragraph.
 """
 
 from __future__ import annotations
 
-import gzip
 import os
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 
+from lrsa.data.books import read_texts
 from lrsa.data.examples import NEW_PARAGRAPH, SAME_PARAGRAPH
-from lrsa.data.rows import hub_rows, stand_in
 from lrsa.data.tokens import Ids, TokenStore, digest
 from lrsa.data.wordlists import HAYSTACK, REPEATED_NOISE
 
@@ -30,52 +29,48 @@ _PARAGRAPH = 6  # sentences of a built-in paragraph
 REPEAT = "repeat"  # name of the filler of repeated noise
 
 
-def _texts(name: str) -> tuple[list[str], str]:
-    path = Path(name).expanduser()
-    hub, _, config = name.partition(":")
-    entry = None if path.exists() else stand_in(hub)
-    if entry:
-        path = entry[0]
-    if path.exists():
-        files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.name.endswith((".txt", ".txt.gz")))
-        if not files:
-            raise FileNotFoundError(f"filler={name!r}: no *.txt or *.txt.gz in {path}")
-        texts = []
-        for file in files:
-            with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8") as handle:
-                texts.append(handle.read())
-        return texts, f"{path.resolve().name} in place of {hub}" if entry else path.resolve().name
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"filler={name!r} is neither a folder of *.txt(.gz) nor a hub id (owner/name:config)")
-    try:
-        rows = hub_rows(hub, "train", config or None, None)
-    except ConnectionError as error:
-        raise ConnectionError(
-            f"the hub's text {hub!r} cannot be loaded ({error.__cause__}). Without the hub, set filler=/folder of "
-            "*.txt(.gz), LRSA_DATA=/folder that holds prose/, or filler=null for the built-in sentences"
-        ) from error
-    if "text" not in rows.column_names:
-        raise ValueError(f"filler={name!r} needs a column `text`; it has {', '.join(rows.column_names)}")
-    return ["\n\n".join(rows["text"])], name
+@dataclass(frozen=True)
+class Book:
+    """Paragraphs, each a tuple of sentences."""
+
+    title: str
+    paragraphs: tuple[tuple[str, ...], ...]
+
+    def pieces(self) -> Iterator[str]:
+        """Its sentences with the white space before them."""
+        return (piece for paragraph in self.paragraphs for piece in marked(paragraph))
 
 
-def read_paragraphs(name: str) -> tuple[tuple[tuple[str, ...], ...], str]:
-    """Paragraphs, each a tuple of sentences, and the origin. Read once a process."""
-    return _read_paragraphs(name, os.environ.get("LRSA_DATA"))
+def marked(paragraph: Sequence[str]) -> list[str]:
+    """Its sentences with the white space before them."""
+    return [(SAME_PARAGRAPH if index else NEW_PARAGRAPH) + text for index, text in enumerate(paragraph)]
+
+
+def read_books(name: str) -> tuple[tuple[Book, ...], str]:
+    """The books of `name`, without headings, rules and page marks, and the origin. Read once a process."""
+    return _read_books(name, os.environ.get("LRSA_DATA"))
 
 
 @lru_cache(maxsize=4)
-def _read_paragraphs(name: str, _stand_ins: str | None) -> tuple[tuple[tuple[str, ...], ...], str]:
-    texts, origin = _texts(name)
-    paragraphs = []
-    for text in texts:
+def _read_books(name: str, _stand_ins: str | None) -> tuple[tuple[Book, ...], str]:
+    texts, origin = read_texts(name)
+    books = []
+    for title, text in texts:
+        paragraphs = []
         for block in re.split(r"\n\s*\n|\n", text):
             sentences = tuple(part.strip() for part in _SENTENCE_END.split(block.strip()) if part.strip())
-            if sum(map(len, sentences)) >= 40:  # no headings, rules or page marks
+            if sum(map(len, sentences)) >= 40:
                 paragraphs.append(sentences)
-    if not paragraphs:
-        raise ValueError(f"filler={name!r} has no paragraph of 40 characters or more")
-    return tuple(paragraphs), origin
+        books.append(Book(title, tuple(paragraphs)))
+    if not any(book.paragraphs for book in books):
+        raise ValueError(f"text {name!r} has no paragraph of 40 characters or more")
+    return tuple(books), origin
+
+
+def read_paragraphs(name: str) -> tuple[tuple[tuple[str, ...], ...], str]:
+    """All paragraphs of `read_books`, and the origin."""
+    books, origin = read_books(name)
+    return tuple(paragraph for book in books for paragraph in book.paragraphs), origin
 
 
 class Filler:
@@ -95,15 +90,12 @@ class Filler:
         else:
             self.paragraphs, self.origin = read_paragraphs(name)
             texts = repr(self.paragraphs)
-            store.preload([piece for paragraph in self.paragraphs for piece in self._marked(paragraph)])
+            store.preload([piece for paragraph in self.paragraphs for piece in marked(paragraph)])
         self.fingerprint = digest([texts])
-
-    def _marked(self, paragraph: tuple[str, ...]) -> list[str]:
-        return [(SAME_PARAGRAPH if index else NEW_PARAGRAPH) + text for index, text in enumerate(paragraph)]
 
     def prose(self) -> Ids:
         """All paragraphs in the order of the text, joined."""
-        pieces = [self.store.get(piece) for paragraph in self.paragraphs for piece in self._marked(paragraph)]
+        pieces = [self.store.get(piece) for paragraph in self.paragraphs for piece in marked(paragraph)]
         return np.concatenate(pieces)
 
     def _stream(self, rng: random.Random) -> Iterator[list[Ids]]:
@@ -112,7 +104,7 @@ class Filler:
         while True:
             paragraph = self.paragraphs[at] if self.paragraphs else tuple(rng.sample(HAYSTACK, _PARAGRAPH))
             at = (at + 1) % len(self.paragraphs) if self.paragraphs else 0
-            yield [self.store.get(piece) for piece in self._marked(paragraph)]
+            yield [self.store.get(piece) for piece in marked(paragraph)]
 
     def blocks(self, rng: random.Random, size: int, by_sentence: bool) -> list[Ids]:
         """Sentences, or whole paragraphs, of exactly `size` tokens together; the last block is trimmed to the token, of

@@ -47,6 +47,12 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return digest(parts)
 
 
+def leading_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The BOS token's id where the tokenizer begins every text with it, else nothing."""
+    bos = tokenizer.bos_token_id
+    return (int(bos),) if isinstance(bos, int) and tokenizer("a")["input_ids"][:1] == [bos] else ()
+
+
 class TokenStore:
     """Ids of pieces under one tokenizer, int32, without special tokens; `preload` keeps those of a data set's texts."""
 

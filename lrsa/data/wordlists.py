@@ -79,3 +79,19 @@ HAYSTACK = (
 
 # RULER's repeated haystack (Hsieh et al. 2024), one line of it.
 REPEATED_NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+
+# Words that say little by themselves: a name does not begin with one, nor is one asked for as a rare word.
+FUNCTION_WORDS = frozenset(
+    """
+a about above after again against all almost along already also although always am among an and another any are around
+as at away back be became because become been before began behind being below between both but by called came can cannot
+come could did do does done down during each either else ever every few first for from gave get give given go had has
+have having he hence her here hers him himself his how however i if in indeed into is it its itself just last later
+least less like made make many may me might more most much must my myself near neither never next no nor not nothing
+now of off often on once one only or other others our out over own perhaps rather said same say says see seen several
+shall she should since so some something soon still such than that the their them themselves then there therefore these
+they thing things this those though through thus till to together too toward towards two under until up upon us used
+usually very was we well went were what when where whether which while who whole whom whose why will with within without
+would yes yet you your
+""".split()  # noqa: SIM905
+)

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lrsa.attention import SparseAttentionConfig, from_conf
 from lrsa.config import EvaluationConf, PerplexityConf
 from lrsa.data.filler import Filler
-from lrsa.data.tokens import default_cache_dir, digest, token_store
+from lrsa.data.tokens import default_cache_dir, digest, leading_ids, token_store
 from lrsa.evaluation.cells import Cell, measure_cache
 from lrsa.evaluation.errors import EvaluationInputError
 from lrsa.evaluation.progress import CellProgress
@@ -77,7 +77,8 @@ class Windows:
 def read_windows(tokenizer: PreTrainedTokenizerBase, conf: PerplexityConf, length: int) -> Windows:
     """Cut `conf.text` into windows of `length` tokens, at most `conf.windows` of them, spread evenly over it.
 
-    The text is read as filler is: its paragraphs in order, without headings and rules.
+    The text is read as filler is: its paragraphs in order, without headings and rules; `@validation` after its name
+    takes the books that training with `source: prose` leaves out.
 
     Raises:
         EvaluationInputError: the text does not fill two windows.
@@ -88,7 +89,7 @@ def read_windows(tokenizer: PreTrainedTokenizerBase, conf: PerplexityConf, lengt
     except (ValueError, OSError) as error:
         error.add_note("in perplexity.text, which is read as filler is; it has no built-in sentences")
         raise
-    lead = tuple(tokenizer("a")["input_ids"][:1]) if _begins_with_bos(tokenizer) else ()
+    lead = leading_ids(tokenizer)
     prose, room = filler.prose(), length - len(lead)
     available = len(prose) // room
     if available < 2:
@@ -100,10 +101,6 @@ def read_windows(tokenizer: PreTrainedTokenizerBase, conf: PerplexityConf, lengt
     starts = [index * available // count * room for index in range(count)]
     ids = np.stack([np.concatenate([lead, prose[start : start + room]]) for start in starts]).astype(np.int32)
     return Windows(ids, filler.origin, available, lead)
-
-
-def _begins_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
 def token_nll(model: PreTrainedModel, input_ids: Tensor, at_once: int = LOGITS_AT_ONCE) -> Tensor:

@@ -193,6 +193,9 @@ def _data(conf: DataConf) -> Iterator[str]:
         yield "data.parts is empty: a mixture needs at least one part (see conf/data)"
     for name, part in conf.parts.items():
         yield from _examples(f"data.parts.{name}", part)
+        targets = part.args.get("targets") if part.source in SOURCES and SOURCES[part.source].prose else None
+        if isinstance(targets, int) and targets >= conf.length:
+            yield f"data.parts.{name}.args.targets={targets} must be below data.length={conf.length}"
         if part.weight < 0:
             yield f"data.parts.{name}.weight={part.weight}: a share of the mixture, not below 0"
         if part.apart:
@@ -296,6 +299,8 @@ def _evaluation(conf: EvaluationConf, length: int | None) -> Iterator[str]:
         yield "evaluation.length is not set: tokens a prompt with its answer"
     for name, task in conf.tasks.items():
         yield from _examples(f"evaluation.tasks.{name}", task)
+        if task.source in SOURCES and SOURCES[task.source].prose:
+            yield f"evaluation.tasks.{name}.source={task.source} asks nothing: lrsa-eval mode=perplexity reads prose"
 
 
 def _resumed(folder: str) -> Iterator[str]:

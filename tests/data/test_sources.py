@@ -135,7 +135,8 @@ def test_malformed_hotpotqa_row(tmp_path, change, column) -> None:
 def test_unknown_names_list_the_valid_ones(squad_folder, tmp_path) -> None:
     with pytest.raises(
         ValueError,
-        match="unknown source 'squat'; valid: squad, hotpotqa, two_wiki, musique, narrativeqa, jsonl, needles, passkey",
+        match="unknown source 'squat'; valid: squad, hotpotqa, two_wiki, musique, narrativeqa, jsonl, cloze, "
+        "continuation, prose, needles, passkey",
     ):
         load_examples(ExamplesConf(source="squat"))
     with pytest.raises(ValueError, match=r"unknown split 'test' .*it has train, validation"):
