@@ -24,6 +24,13 @@ def needs(package: str, extra: str) -> None:
         pytest.skip(f"NOT TESTED: {package} is absent (pip install 'lrsa[{extra}]')")
 
 
+def joblib_here() -> None:
+    """Without the worker processes of a test before, which stand in that test's folder."""
+    needs("hydra_plugins.hydra_joblib_launcher", "sweeps")
+    loky = importlib.import_module("joblib.externals.loky")
+    loky.get_reusable_executor().shutdown(wait=True)
+
+
 def two_jobs(sweeps: Sweeps, *launcher: str) -> None:
     """Two jobs there, one of them finished here before; the same results as here."""
     sweeps.run("recipe=dense,lrsa", "hydra.sweep.dir=here")
@@ -45,13 +52,13 @@ def one_fails(sweeps: Sweeps, capfd: pytest.CaptureFixture[str], *launcher: str)
 
 
 def test_joblib(sweeps: Sweeps) -> None:
-    needs("hydra_plugins.hydra_joblib_launcher", "sweeps")
+    joblib_here()
     two_jobs(sweeps, *JOBLIB)
 
 
 @pytest.mark.slow
 def test_joblib_goes_on_after_a_failure(sweeps: Sweeps, capfd: pytest.CaptureFixture[str]) -> None:
-    needs("hydra_plugins.hydra_joblib_launcher", "sweeps")
+    joblib_here()
     one_fails(sweeps, capfd, *JOBLIB)
 
 
