@@ -1,6 +1,7 @@
 """Test session: no network, few threads, and a loud word when the shared data folder is absent."""
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+from absl import logging as absl_logging
+
+# rouge-score brings absl, whose log handler closes its stream when Hydra sets logging up anew: pytest's own, where a
+# test was the first to import it. The process's standard error it leaves open.
+absl_logging.get_absl_handler().python_handler.stream = sys.__stderr__
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_ABSENT = "shared data absent"
