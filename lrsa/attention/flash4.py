@@ -1,0 +1,166 @@
+"""The parallel form on flash-attn-4's block-sparse kernels: Hopper and Blackwell, forward and backward.
+
+Keys and block lists are those of `lrsa.attention.blocks`. The first S queries, which see one another alone, are
+attended apart, so that the kernels' blocks begin where partitions do without a copy of the queries.
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import PackageNotFoundError, version
+from types import ModuleType
+
+import torch
+from packaging.version import Version
+from torch import Tensor
+
+from lrsa.attention import blocks
+from lrsa.attention.blocks import WALK, Layout, Walk
+from lrsa.attention.dense import attend_dense
+from lrsa.attention.layout import Geometry
+
+OLDEST = "4.0.0b36"  # its scalars of a mask came with a beta, and its private functions are called
+LARGEST_HEAD = 128  # beyond, the backward kernel has blocks of other sizes
+ARCHITECTURES = (9, 10)  # Hopper, Blackwell
+
+
+def obstacle(query: Tensor) -> str | None:
+    """Why flash-attn-4 cannot run on this input, or None."""
+    try:
+        found = version("flash-attn-4")
+    except PackageNotFoundError:
+        return f"flash-attn-4 is not installed: pip install 'flash-attn-4[cu13]>={OLDEST}'"
+    if Version(found) < Version(OLDEST):
+        return (
+            f"flash-attn-4 is {found}, older than what this is written against: pip install -U 'flash-attn-4>={OLDEST}'"
+        )
+    if query.device.type != "cuda":
+        return f"flash-attn-4 runs on CUDA alone, the tensors are on {query.device.type}"
+    cast = query.dtype == torch.float32 and torch.is_autocast_enabled("cuda")
+    if query.dtype not in (torch.bfloat16, torch.float16) and not cast:
+        return f"flash-attn-4 computes in bfloat16 or float16, the tensors are {query.dtype}"
+    if query.shape[-1] % 8 or query.shape[-1] > LARGEST_HEAD:
+        return f"it needs a head dimension of 8, 16, .. {LARGEST_HEAD}, this is {query.shape[-1]}"
+    major, minor = torch.cuda.get_device_capability(query.device)
+    if major not in ARCHITECTURES:
+        return f"its block-sparse backward is for compute capability 9 and 10, this GPU has {major}.{minor}"
+    strict = torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+    if strict and torch.is_grad_enabled():
+        return "torch.use_deterministic_algorithms is on, and its backward adds up the queries' gradient in any order"
+    return None
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    index: Tensor,
+    geometry: Geometry,
+    scale: float,
+    gate: Tensor | None = None,
+    *,
+    walk: Walk = WALK,
+) -> Tensor:
+    """``query [B, Hq, T, D]``, ``key``/``value`` ``[B, H, T, D]``, ``index [B, H, P * K]`` of at least one partition,
+    ``gate`` likewise, a factor of the kept values -> ``[B, Hq, T, D]``. ``walk``: of the backward pass."""
+    query_block, processors = _device(query.device)
+    heads = query.shape[0] * query.shape[1] / processors
+    layout = blocks.layout(geometry, query.shape[2], query.device, walk, heads, query_block)
+    rows = [_Rows.apply(x, index, geometry.sink, layout) for x in (key, value)]
+    if gate is not None:
+        around = geometry.sink, layout.length - geometry.sink - gate.shape[-1]
+        rows[1] = rows[1] * torch.nn.functional.pad(gate, around, value=1.0)[..., None].to(value.dtype)
+    return _Attention.apply(query, *rows, layout, scale)
+
+
+def _device(device: torch.device) -> tuple[int, int]:
+    """Queries a block of the forward kernel, and processors."""
+    properties = torch.cuda.get_device_properties(device)
+    return (128 if properties.major == 9 else 256), properties.multi_processor_count
+
+
+def _kernels() -> ModuleType:
+    return importlib.import_module("lrsa.attention.flash4_kernels")
+
+
+class _Rows(torch.autograd.Function):
+    """``x [B, H, T, D]`` -> ``[sinks | kept | gap | rest of x | tail]``, zeros in gap and tail."""
+
+    @staticmethod
+    def forward(ctx, x, index, sink, layout):
+        batch, heads, tokens, dim = x.shape
+        used, raw_offset = sink + index.shape[-1], layout.mask.raw_offset
+        gap = x.new_zeros((batch, heads, raw_offset - used, dim))
+        tail = x.new_zeros((batch, heads, layout.length - raw_offset - (tokens - sink), dim))
+        ctx.save_for_backward(index)
+        ctx.sizes = sink, used, raw_offset, tokens
+        return torch.cat([x[:, :, :sink], x.gather(2, _expand(index, dim)), gap, x[:, :, sink:], tail], 2)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (index,) = ctx.saved_tensors
+        sink, used, raw_offset, tokens = ctx.sizes
+        total = torch.cat([grad[:, :, :sink], grad[:, :, raw_offset : raw_offset + tokens - sink]], 2)
+        positions = _expand(index, grad.shape[-1])  # each but once, and so nothing is lost or added twice
+        return total.scatter_(2, positions, total.gather(2, positions) + grad[:, :, sink:used]), None, None, None
+
+
+def _expand(index: Tensor, dim: int) -> Tensor:
+    return index[..., None].expand(-1, -1, -1, dim)
+
+
+class _Attention(torch.autograd.Function):
+    """Queries ``[B, Hq, T, D]`` over the rows of keys and values ``[B, H, N, D]``."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, layout, scale):
+        sink = layout.mask.sink
+        out = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format)  # [B, T, Hq, D], as theirs
+        log_sum = _kernels().forward(
+            query.transpose(1, 2)[:, sink:], key.transpose(1, 2), value.transpose(1, 2), out[:, sink:], layout, scale,
+            with_log_sum=any(ctx.needs_input_grad),
+        )  # fmt: skip
+        out = out.transpose(1, 2)
+        if sink:
+            q, k, v = (x[:, :, :sink] for x in (query, key, value))
+            out[:, :, :sink] = attend_dense(q, k, v, scale)
+        ctx.layout, ctx.scale = layout, scale
+        ctx.save_for_backward(query, key, value, out, log_sum)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_out):
+        query, key, value, out, log_sum = ctx.saved_tensors
+        layout, sink = ctx.layout, ctx.layout.mask.sink
+        grad_query = torch.empty_like(out)
+        ours = (x.transpose(1, 2)[:, sink:] for x in (query, out, grad_out, grad_query))
+        rows = (_with_pieces(x, layout).transpose(1, 2) for x in (key, value))
+        grads = _kernels().backward(*ours, *rows, log_sum, layout, ctx.scale)
+        grad_key, grad_value = (_joined(x.transpose(1, 2), layout) for x in grads)
+        if sink:
+            with torch.enable_grad():
+                q, k, v = (x[:, :, :sink].detach().requires_grad_() for x in (query, key, value))
+                again = attend_dense(q, k, v, ctx.scale)
+            grad_q, grad_k, grad_v = torch.autograd.grad(again, (q, k, v), grad_out[:, :, :sink])
+            grad_query[:, :, :sink] = grad_q
+            grad_key[:, :, :sink] += grad_k
+            grad_value[:, :, :sink] += grad_v
+        return grad_query, grad_key, grad_value, None, None
+
+
+def _with_pieces(x: Tensor, layout: Layout) -> Tensor:
+    """Before ``x [B, H, N, D]`` the beginnings of the buffer that the backward pass wants once more."""
+    return torch.cat([*(x[:, :, :count] for count in layout.again), x], 2) if layout.again else x
+
+
+def _joined(grad: Tensor, layout: Layout) -> Tensor:
+    """The gradient of `_with_pieces`, added up in float32 at least."""
+    *pieces, total = grad.split([*layout.again, layout.length], 2)
+    if pieces:
+        longest = max(layout.again)
+        buffer = total[:, :, :longest].to(torch.promote_types(total.dtype, torch.float32))
+        for piece in pieces:
+            buffer[:, :, : piece.shape[2]] += piece
+        total[:, :, :longest] = buffer.to(total.dtype)
+    return total

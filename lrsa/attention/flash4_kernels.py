@@ -1,0 +1,81 @@
+"""flash-attn-4's two kernels under our block lists, and our mask in its language; imported where it is installed.
+
+Its public function neither writes into memory that is there nor takes other keys in the backward pass, so this calls
+what stands behind it, as PyTorch's FlexAttention does.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import cutlass
+import torch
+from cutlass import cute
+from flash_attn.cute import utils
+from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
+from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
+from torch import Tensor
+
+from lrsa.attention.blocks import KEY_BLOCK, Layout, Lists, Mask, visible
+
+
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, out: Tensor, layout: Layout, scale: float, *, with_log_sum: bool
+) -> Tensor | None:
+    """``query [B, R, Hq, D]``, ``key``/``value`` ``[B, N, H, D]``; the output is written to ``out``, as ``query``.
+
+    Returns: the logarithm of the sum of each row's weights, ``[B, Hq, R]`` float32, where it is asked for.
+    """
+    with torch.cuda.device(query.device):
+        _, log_sum, *_ = _flash_attn_fwd(
+            query, key, value, out=out, softmax_scale=scale, return_lse=with_log_sum, pack_gqa=False,
+            block_sparse_tensors=_lists(layout.forward, layout), **mask_arguments(layout.mask),
+        )  # fmt: skip
+    return log_sum
+
+
+def backward(
+    query: Tensor,
+    out: Tensor,
+    grad_out: Tensor,
+    grad_query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_sum: Tensor,
+    layout: Layout,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of ``key`` and ``value``, which have the layout's further pieces in front; that of ``query`` is written
+    to ``grad_query``."""
+    with torch.cuda.device(query.device):
+        _, grad_key, grad_value = _flash_attn_bwd(
+            query, key, value, out, grad_out, log_sum, dq=grad_query, softmax_scale=scale,
+            block_sparse_tensors=_lists(layout.backward, layout), **mask_arguments(layout.mask_backward),
+        )  # fmt: skip
+    return grad_key, grad_value
+
+
+def _lists(lists: Lists, layout: Layout) -> BlockSparseTensorsTorch:
+    return BlockSparseTensorsTorch(*lists, block_size=(layout.query_block, KEY_BLOCK))
+
+
+def mask_arguments(mask: Mask) -> dict[str, object]:
+    """Lag and chunk are compiled in, for a division by a number that is known costs little; the rest are arguments, so
+    that another length or another K is no other kernel."""
+    numbers = mask.sink, mask.kept, mask.raw_offset, mask.skipped
+    return {"mask_mod": mask_function(mask.lag, mask.chunk), "aux_scalars": tuple(cutlass.Int32(n) for n in numbers)}
+
+
+@functools.cache
+def mask_function(lag: int, chunk: int) -> Callable[..., object]:
+    """`visible` as flash-attn-4 calls it."""
+
+    @cute.jit
+    def mask(batch, head, row, column, lengths, tensors, scalars):
+        sink, kept, raw_offset, skipped = [utils.scalar_to_ssa(x, cutlass.Int32) for x in scalars]
+        return visible(
+            row, column, lag=lag, chunk=chunk, sink=sink, kept=kept, raw_offset=raw_offset, skipped=skipped
+        )  # fmt: skip
+
+    return mask
