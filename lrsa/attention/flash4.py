@@ -79,7 +79,8 @@ def _device(device: torch.device) -> tuple[int, int]:
     return (128 if properties.major == 9 else 256), properties.multi_processor_count
 
 
-def _kernels() -> ModuleType:
+def kernels() -> ModuleType:
+    """`lrsa.attention.flash4_kernels`, which can be imported where there is no `obstacle`."""
     return importlib.import_module("lrsa.attention.flash4_kernels")
 
 
@@ -116,7 +117,7 @@ class _Attention(torch.autograd.Function):
     def forward(ctx, query, key, value, layout, scale):
         sink = layout.mask.sink
         out = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format)  # [B, T, Hq, D], as theirs
-        log_sum = _kernels().forward(
+        log_sum = kernels().forward(
             query.transpose(1, 2)[:, sink:], key.transpose(1, 2), value.transpose(1, 2), out[:, sink:], layout, scale,
             with_log_sum=any(ctx.needs_input_grad),
         )  # fmt: skip
@@ -136,7 +137,7 @@ class _Attention(torch.autograd.Function):
         grad_query = torch.empty_like(out)
         ours = (x.transpose(1, 2)[:, sink:] for x in (query, out, grad_out, grad_query))
         rows = (_with_pieces(x, layout).transpose(1, 2) for x in (key, value))
-        grads = _kernels().backward(*ours, *rows, log_sum, layout, ctx.scale)
+        grads = kernels().backward(*ours, *rows, log_sum, layout, ctx.scale)
         grad_key, grad_value = (_joined(x.transpose(1, 2), layout) for x in grads)
         if sink:
             with torch.enable_grad():

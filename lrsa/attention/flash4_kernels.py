@@ -14,7 +14,7 @@ import torch
 from cutlass import cute
 from flash_attn.cute import utils
 from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
-from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
+from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd, flash_attn_func
 from torch import Tensor
 
 from lrsa.attention.blocks import KEY_BLOCK, Layout, Lists, Mask, visible
@@ -54,6 +54,11 @@ def backward(
             block_sparse_tensors=_lists(layout.backward, layout), **mask_arguments(layout.mask_backward),
         )  # fmt: skip
     return grad_key, grad_value
+
+
+def attend_causally(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Dense attention, what the sparse one is measured against: ``[B, heads, T, D]`` all, with gradients."""
+    return flash_attn_func(*(x.transpose(1, 2) for x in (query, key, value)), causal=True)[0].transpose(1, 2)
 
 
 def _lists(lists: Lists, layout: Layout) -> BlockSparseTensorsTorch:

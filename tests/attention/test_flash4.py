@@ -52,7 +52,7 @@ def config_of(rule: tuple[int, int, int, int], **options) -> SparseAttentionConf
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    monkeypatch.setattr(flash4, "_kernels", lambda: block_sparse)
+    monkeypatch.setattr(flash4, "kernels", lambda: block_sparse)
     monkeypatch.setattr(flash4, "_device", lambda device: (128, 132))
 
 
@@ -86,7 +86,7 @@ def test_equals_the_mask_form_forward_and_gradients(shape, rule, walk, stand_in)
 
 def test_blocks_of_256_queries(monkeypatch):
     """As Blackwell's forward kernel wants them."""
-    monkeypatch.setattr(flash4, "_kernels", lambda: block_sparse)
+    monkeypatch.setattr(flash4, "kernels", lambda: block_sparse)
     monkeypatch.setattr(flash4, "_device", lambda device: (256, 148))
     test_equals_the_mask_form_forward_and_gradients((1, 4, 2, 777, 16), (16, 128, 32, 128), Walk(1), None)
 
