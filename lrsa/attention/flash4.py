@@ -6,6 +6,7 @@ attended apart, so that the kernels' blocks begin where partitions do without a 
 
 from __future__ import annotations
 
+import functools
 import importlib
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
@@ -26,14 +27,11 @@ ARCHITECTURES = (9, 10)  # Hopper, Blackwell
 
 def obstacle(query: Tensor) -> str | None:
     """Why flash-attn-4 cannot run on this input, or None."""
-    try:
-        found = version("flash-attn-4")
-    except PackageNotFoundError:
+    installed = _installed()
+    if installed is None:
         return f"flash-attn-4 is not installed: pip install 'flash-attn-4[cu13]>={OLDEST}'"
-    if Version(found) < Version(OLDEST):
-        return (
-            f"flash-attn-4 is {found}, older than what this is written against: pip install -U 'flash-attn-4>={OLDEST}'"
-        )
+    if Version(installed) < Version(OLDEST):
+        return f"flash-attn-4 is {installed}, and too old: pip install -U 'flash-attn-4[cu13]>={OLDEST}'"
     if query.device.type != "cuda":
         return f"flash-attn-4 runs on CUDA alone, the tensors are on {query.device.type}"
     cast = query.dtype == torch.float32 and torch.is_autocast_enabled("cuda")
@@ -50,6 +48,15 @@ def obstacle(query: Tensor) -> str | None:
     return None
 
 
+@functools.cache  # asked in every layer, and the answer is on the disk
+def _installed() -> str | None:
+    try:
+        return version("flash-attn-4")
+    except PackageNotFoundError:
+        return None
+
+
+@torch.compiler.disable  # the kernels bring a compiler of their own
 def attend(
     query: Tensor,
     key: Tensor,

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -150,19 +153,14 @@ def test_lengths_and_compressions_share_what_is_compiled():
 
 
 def found_as(monkeypatch, version: str | None) -> None:
-    def lookup(name: str) -> str:
-        if version is None:
-            raise importlib.metadata.PackageNotFoundError(name)
-        return version
-
-    monkeypatch.setattr(flash4, "version", lookup)
+    monkeypatch.setattr(flash4, "_installed", lambda: version)
 
 
 @pytest.mark.parametrize(
     ("version", "query", "words"),
     [
         (None, torch.zeros(1, 1, 4, 64), "pip install 'flash-attn-4[cu13]>=4.0.0b36'"),
-        ("4.0.0b12", torch.zeros(1, 1, 4, 64), "flash-attn-4 is 4.0.0b12, older"),
+        ("4.0.0b12", torch.zeros(1, 1, 4, 64), "flash-attn-4 is 4.0.0b12, and too old: pip install -U"),
         ("4.0.0b36", torch.zeros(1, 1, 4, 64), "the tensors are on cpu"),
         ("4.1.0", torch.zeros(1, 1, 4, 64, device="meta"), "the tensors are on meta"),
     ],
@@ -224,6 +222,17 @@ def test_the_mask_as_cute_compiles_it(rule):
     rows, keys = tokens - sink, mask.raw_offset + tokens - sink
     expected = blocks.visible(torch.arange(rows)[:, None], torch.arange(keys)[None], **mask._asdict())
     assert torch.equal(evaluate(mask, rows, keys), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("cutlass") is None, reason="needs flash-attn-4's compiler")
+def test_the_kernels_compile_and_are_shared_by_lengths_and_compressions():
+    """Without a GPU, for Hopper: two geometries of one head size and lag are one pair of kernels."""
+    command = [sys.executable, "-W", "ignore", "-m", "tests.attention.compile_flash4"]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(root)})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["2", "2"]
 
 
 GPU_CASES = {
