@@ -22,11 +22,14 @@ SHORTEST_WINDOW = 16  # query blocks; a shorter piece would pay more for its sta
 
 
 class Walk(NamedTuple):
-    """How the backward pass walks the columns, which are as long as there are query blocks that see their keys.
+    """How the backward pass walks the columns: a processor takes a block of keys and goes through the queries that see
+    it, adding to their gradients. Those of the oldest kept keys are all later ones.
 
     ``window``: query blocks at whose multiples columns of the buffer are cut, their keys standing in line once for each
-    piece; 0: never; None: as `TAIL` asks for. ``descending``: the last query block first, where all columns of the
-    buffer end, so that those which run side by side read the same queries.
+    piece; 0: never; None: as `TAIL` asks for. ``descending``: the last query block first, with which all columns of
+    the buffer end, so that those which run side by side read and add to the same ones while the L2 cache holds them.
+    From their first ones on, columns would stand 1/r blocks apart: at 1/8 and D 128 that is 135 MB for 132 processors,
+    and the memory's bandwidth is the limit.
     """
 
     window: int | None = None

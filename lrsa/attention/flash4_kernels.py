@@ -7,6 +7,7 @@ what stands behind it, as PyTorch's FlexAttention does.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 
 import cutlass
@@ -83,4 +84,6 @@ def mask_function(lag: int, chunk: int) -> Callable[..., object]:
             row, column, lag=lag, chunk=chunk, sink=sink, kept=kept, raw_offset=raw_offset, skipped=skipped
         )  # fmt: skip
 
+    # The name of what is compiled, in memory and in its cache on the disk. It would look at `mask` alone.
+    mask.__cute_hash__ = f"{inspect.getsource(visible)}, lag {lag}, chunk {chunk}"
     return mask
