@@ -73,11 +73,7 @@ def attend(
     query_block, processors = _device(query.device)
     heads = query.shape[0] * query.shape[1] / processors
     layout = blocks.layout(geometry, query.shape[2], query.device, walk, heads, query_block)
-    rows = [_Rows.apply(x, index, geometry.sink, layout) for x in (key, value)]
-    if gate is not None:
-        around = geometry.sink, layout.length - geometry.sink - gate.shape[-1]
-        rows[1] = rows[1] * torch.nn.functional.pad(gate, around, value=1.0)[..., None].to(value.dtype)
-    return _Attention.apply(query, *rows, layout, scale)
+    return _Attention.apply(query, key, value, index, gate, layout, scale)
 
 
 def _device(device: torch.device) -> tuple[int, int]:
@@ -91,41 +87,17 @@ def kernels() -> ModuleType:
     return importlib.import_module("lrsa.attention.flash4_kernels")
 
 
-class _Rows(torch.autograd.Function):
-    """``x [B, H, T, D]`` -> ``[sinks | kept | gap | rest of x | tail]``, zeros in gap and tail."""
-
-    @staticmethod
-    def forward(ctx, x, index, sink, layout):
-        batch, heads, tokens, dim = x.shape
-        used, raw_offset = sink + index.shape[-1], layout.mask.raw_offset
-        gap = x.new_zeros((batch, heads, raw_offset - used, dim))
-        tail = x.new_zeros((batch, heads, layout.length - raw_offset - (tokens - sink), dim))
-        ctx.save_for_backward(index)
-        ctx.sizes = sink, used, raw_offset, tokens
-        return torch.cat([x[:, :, :sink], x.gather(2, _expand(index, dim)), gap, x[:, :, sink:], tail], 2)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (index,) = ctx.saved_tensors
-        sink, used, raw_offset, tokens = ctx.sizes
-        total = torch.cat([grad[:, :, :sink], grad[:, :, raw_offset : raw_offset + tokens - sink]], 2)
-        positions = _expand(index, grad.shape[-1])  # each but once, and so nothing is lost or added twice
-        return total.scatter_(2, positions, total.gather(2, positions) + grad[:, :, sink:used]), None, None, None
-
-
-def _expand(index: Tensor, dim: int) -> Tensor:
-    return index[..., None].expand(-1, -1, -1, dim)
-
-
 class _Attention(torch.autograd.Function):
-    """Queries ``[B, Hq, T, D]`` over the rows of keys and values ``[B, H, N, D]``."""
+    """The rows of keys are made anew in the backward pass, where their gradients take their place: what they hold is as
+    much as keys and values, and is not kept."""
 
     @staticmethod
-    def forward(ctx, query, key, value, layout, scale):
+    def forward(ctx, query, key, value, index, gate, layout, scale):
         sink = layout.mask.sink
+        rows = _rows(key, index, layout), _rows(value, index, layout, gate)
         out = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format)  # [B, T, Hq, D], as theirs
         log_sum = kernels().forward(
-            query.transpose(1, 2)[:, sink:], key.transpose(1, 2), value.transpose(1, 2), out[:, sink:], layout, scale,
+            query.transpose(1, 2)[:, sink:], *(x.transpose(1, 2) for x in rows), out[:, sink:], layout, scale,
             with_log_sum=any(ctx.needs_input_grad),
         )  # fmt: skip
         out = out.transpose(1, 2)
@@ -133,42 +105,67 @@ class _Attention(torch.autograd.Function):
             q, k, v = (x[:, :, :sink] for x in (query, key, value))
             out[:, :, :sink] = attend_dense(q, k, v, scale)
         ctx.layout, ctx.scale = layout, scale
-        ctx.save_for_backward(query, key, value, out, log_sum)
+        ctx.save_for_backward(query, key, value, index, gate, out, log_sum)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out):
-        query, key, value, out, log_sum = ctx.saved_tensors
+        query, key, value, index, gate, out, log_sum = ctx.saved_tensors
         layout, sink = ctx.layout, ctx.layout.mask.sink
         grad_query = torch.empty_like(out)
         ours = (x.transpose(1, 2)[:, sink:] for x in (query, out, grad_out, grad_query))
-        rows = (_with_pieces(x, layout).transpose(1, 2) for x in (key, value))
-        grads = kernels().backward(*ours, *rows, log_sum, layout, ctx.scale)
-        grad_key, grad_value = (_joined(x.transpose(1, 2), layout) for x in grads)
+        rows = _rows(key, index, layout, again=layout.again), _rows(value, index, layout, gate, layout.again)
+        kernels().backward(*ours, *(x.transpose(1, 2) for x in rows), log_sum, layout, ctx.scale)
+        grad_key, _ = _to_tokens(rows[0], key, index, layout)
+        grad_value, grad_gate = _to_tokens(rows[1], value, index, layout, gate)
         if sink:
             with torch.enable_grad():
                 q, k, v = (x[:, :, :sink].detach().requires_grad_() for x in (query, key, value))
-                again = attend_dense(q, k, v, ctx.scale)
-            grad_q, grad_k, grad_v = torch.autograd.grad(again, (q, k, v), grad_out[:, :, :sink])
+                first = attend_dense(q, k, v, ctx.scale)
+            grad_q, grad_k, grad_v = torch.autograd.grad(first, (q, k, v), grad_out[:, :, :sink])
             grad_query[:, :, :sink] = grad_q
             grad_key[:, :, :sink] += grad_k
             grad_value[:, :, :sink] += grad_v
-        return grad_query, grad_key, grad_value, None, None
+        return grad_query, grad_key, grad_value, None, grad_gate, None, None
 
 
-def _with_pieces(x: Tensor, layout: Layout) -> Tensor:
-    """Before ``x [B, H, N, D]`` the beginnings of the buffer that the backward pass wants once more."""
-    return torch.cat([*(x[:, :, :count] for count in layout.again), x], 2) if layout.again else x
+def _rows(x: Tensor, index: Tensor, layout: Layout, gate: Tensor | None = None, again: tuple[int, ...] = ()) -> Tensor:
+    """``x [B, H, T, D]`` -> ``[sinks | kept | gap | rest of x | tail]``, before it beginnings of the buffer that stand
+    there ``again``. Nothing sees gap and tail, which repeat the first token: zeros would be two more kernels."""
+    sink, raw_offset = layout.mask.sink, layout.mask.raw_offset
+    rest, first = x[:, :, sink:], x[:, :, :1]
+    kept = x.gather(2, _expand(index, x.shape[3]))
+    if gate is not None:
+        kept = kept * gate[..., None].to(x.dtype)
+    gap = first.expand(-1, -1, raw_offset - sink - index.shape[2], -1)
+    tail = first.expand(-1, -1, layout.length - raw_offset - rest.shape[2], -1)
+    buffer = [x[:, :, :sink], kept, gap]
+    if again:
+        buffer = [torch.cat(buffer, 2)]
+    return torch.cat([*(buffer[0][:, :, :count] for count in again), *buffer, rest, tail], 2)
 
 
-def _joined(grad: Tensor, layout: Layout) -> Tensor:
-    """The gradient of `_with_pieces`, added up in float32 at least."""
-    *pieces, total = grad.split([*layout.again, layout.length], 2)
-    if pieces:
-        longest = max(layout.again)
-        buffer = total[:, :, :longest].to(torch.promote_types(total.dtype, torch.float32))
+def _to_tokens(
+    grad: Tensor, x: Tensor, index: Tensor, layout: Layout, gate: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """The gradient of `_rows` with ``layout.again`` -> those of ``x`` and of ``gate``."""
+    sink, raw_offset = layout.mask.sink, layout.mask.raw_offset
+    *pieces, buffer, raw = grad.split([*layout.again, raw_offset, layout.length - raw_offset], 2)
+    if pieces:  # in bfloat16 a key of many pieces would lose the smaller ones
+        total = buffer.to(torch.promote_types(x.dtype, torch.float32))
         for piece in pieces:
-            buffer[:, :, : piece.shape[2]] += piece
-        total[:, :, :longest] = buffer.to(total.dtype)
-    return total
+            total[:, :, : piece.shape[2]] += piece
+        buffer = total.to(x.dtype)
+    positions, kept = _expand(index, x.shape[3]), buffer[:, :, sink : sink + index.shape[2]]
+    grad_gate = None
+    if gate is not None:
+        grad_gate = (kept * x.gather(2, positions)).sum(-1, dtype=gate.dtype)
+        kept = kept * gate[..., None].to(x.dtype)
+    result = torch.cat([buffer[:, :, :sink], raw[:, :, : x.shape[2] - sink]], 2)
+    # Kept positions are each there but once, so that nothing is lost or added twice.
+    return result.scatter_(2, positions, result.gather(2, positions) + kept), grad_gate
+
+
+def _expand(index: Tensor, dim: int) -> Tensor:
+    return index[..., None].expand(-1, -1, -1, dim)

@@ -46,15 +46,15 @@ def backward(
     log_sum: Tensor,
     layout: Layout,
     scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of ``key`` and ``value``, which have the layout's further pieces in front; that of ``query`` is written
-    to ``grad_query``."""
+) -> None:
+    """Gradients: of ``query`` to ``grad_query``; of ``key`` and ``value``, which have the layout's further pieces in
+    front, into their own place. A block of keys is read by one processor, which writes its gradient at the end, or
+    that is added up elsewhere and copied when all are done."""
     with torch.cuda.device(query.device):
-        _, grad_key, grad_value = _flash_attn_bwd(
-            query, key, value, out, grad_out, log_sum, dq=grad_query, softmax_scale=scale,
+        _flash_attn_bwd(
+            query, key, value, out, grad_out, log_sum, dq=grad_query, dk=key, dv=value, softmax_scale=scale,
             block_sparse_tensors=_lists(layout.backward, layout), **mask_arguments(layout.mask_backward),
         )  # fmt: skip
-    return grad_key, grad_value
 
 
 def attend_causally(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ def backward(
     log_sum: Tensor,
     layout: Layout,
     scale: float,
-) -> tuple[Tensor, Tensor]:
+) -> None:
     """Column by column of blocks of keys, as the kernel does."""
     heads = key.shape[2]
     q, o, do = (x.transpose(1, 2).unflatten(1, (heads, -1)) for x in (query, out, grad_out))  # [B, H, G, R, D]
@@ -90,7 +90,8 @@ def backward(
             grad_k[..., keys, :] += (grad_logits.mT @ q[..., rows, :]).sum(2, keepdim=True)
             grad_q[..., rows, :] += grad_logits @ k[..., keys, :]
     grad_query.copy_(grad_q.flatten(1, 2).transpose(1, 2))
-    return grad_k[:, :, 0].transpose(1, 2), grad_v[:, :, 0].transpose(1, 2)
+    key.copy_(grad_k[:, :, 0].transpose(1, 2))
+    value.copy_(grad_v[:, :, 0].transpose(1, 2))
 
 
 def _logits(q: Tensor, k: Tensor, pairs: Tensor, scale: float) -> Tensor:

@@ -126,6 +126,32 @@ def test_the_gate_of_straight_through(stand_in):
     torch.testing.assert_close(found[0], found[1])
 
 
+def test_backward_twice_gives_the_same_and_leaves_the_inputs_alone(stand_in):
+    """Gradients of the rows of keys take the rows' place, never the keys' own."""
+    config, inputs = config_of((5, 64, 16, 64)), random_inputs(1, 4, 2, 400, 16)
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    out = runner(config, kept_tokens(*inputs[1:], config), Walk(1))(*leaves).square().sum()
+    first = torch.autograd.grad(out, leaves, retain_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(first, torch.autograd.grad(out, leaves), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(leaves, inputs, strict=True))
+
+
+def test_no_more_is_saved_than_dense_attention_saves(stand_in):
+    """Queries, keys, values, output, a number a row; here the positions too."""
+    config, inputs = config_of((16, 64, 16, 64)), random_inputs(1, 4, 2, 2000, 32)
+    kept, saved = kept_tokens(*inputs[1:], config), {}
+    leaves = [x.requires_grad_() for x in inputs]
+
+    def pack(x: Tensor) -> Tensor:
+        saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        out = runner(config, kept)(*leaves)
+    positions = index_of(config, kept).nbytes
+    assert sum(saved.values()) <= sum(x.nbytes for x in (*inputs, out)) + 4 * 4 * 2000 + positions
+
+
 def test_without_gradients_no_log_sum_is_asked_for(stand_in, monkeypatch):
     asked = []
     monkeypatch.setattr(
