@@ -25,13 +25,20 @@ LARGEST_HEAD = 128  # beyond, the backward kernel has blocks of other sizes
 ARCHITECTURES = (9, 10)  # Hopper, Blackwell
 
 
-def obstacle(query: Tensor) -> str | None:
-    """Why flash-attn-4 cannot run on this input, or None."""
+def missing() -> str | None:
+    """What of the package is missing, and what to do; None if nothing is."""
     installed = _installed()
     if installed is None:
         return f"flash-attn-4 is not installed: pip install 'flash-attn-4[cu13]>={OLDEST}'"
     if Version(installed) < Version(OLDEST):
         return f"flash-attn-4 is {installed}, and too old: pip install -U 'flash-attn-4[cu13]>={OLDEST}'"
+    return None
+
+
+def obstacle(query: Tensor) -> str | None:
+    """Why flash-attn-4 cannot run on this input, or None."""
+    if absent := missing():
+        return absent
     if query.device.type != "cuda":
         return f"flash-attn-4 runs on CUDA alone, the tensors are on {query.device.type}"
     cast = query.dtype == torch.float32 and torch.is_autocast_enabled("cuda")
