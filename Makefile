@@ -60,7 +60,7 @@ help:
 	@echo 'make notebooks   run the notebooks (CPU, no network); to open them: pip install -e ".[notebooks]", jupyter lab notebooks'
 	@echo 'make model       SmolLM2-135M-Instruct into models/'
 	@echo 'make bundle      what a node without a network needs, in one folder:'
-	@echo '                 [PYTHON_VERSION=3.12] [PLATFORM=manylinux_2_28_x86_64] [HAVE=pip-list.txt] [EXTRAS=cuda]'
+	@echo '                 [PYTHON_VERSION=3.12] [PLATFORM=manylinux_2_28_x86_64] [HAVE=pip-list.txt] [EXTRAS=flash4]'
 	@echo '                 [MODEL=smollm2] [DATA="folder ..."] [SPLIT_MB=60] [BUNDLE=dist/bundle]'
 	@echo 'make venv        .venv alone; PYTHON=python3.12 picks the interpreter'
 

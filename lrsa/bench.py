@@ -44,14 +44,16 @@ def run(conf: BenchConf) -> Record:
     """Measure what ``conf`` asks for, record it, return the finished record.
 
     Raises:
-        ValueError: an unknown mode; what `cases` refuses.
+        ValueError: an unknown mode; what `cases` refuses; a backend that cannot run here.
     """
     if conf.mode not in MODES:
         raise ValueError(f"mode={conf.mode!r} is unknown: choose one of {', '.join(MODES)}")
     cases(conf)
     if conf.run.threads is not None:
         torch.set_num_threads(conf.run.threads)
-    wanted = conf.device if conf.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(conf.device if conf.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+    if conf.mode == "kernels":
+        kernels.check_backends(conf, device)
     with Record.start(
         conf.run.output_dir,
         command="lrsa-bench",
@@ -61,7 +63,6 @@ def run(conf: BenchConf) -> Record:
         config=plain(conf),
         overrides=task_overrides(),
     ) as record:
-        device = torch.device(wanted)
         metrics: dict[str, Any] = {"device": device.type, "threads": torch.get_num_threads(), "rows": []}
         for row in track(MODES[conf.mode](conf, device), description=f"lrsa-bench {conf.mode}", transient=True):
             metrics["rows"].append(row)

@@ -54,7 +54,7 @@ class ModelConf:
     dtype: str = "float32"  # of the weights; training on GPU autocasts to bfloat16 (trainer.precision)
     rope_scaling: dict[str, Any] | None = None  # e.g. {rope_type: yarn, factor: 4.0}
     gradient_checkpointing: bool = False
-    attention_backend: str = "auto"  # reference, gather, flex, auto
+    attention_backend: str = "auto"  # reference, gather, flex, flash4, auto
     lora: LoraConf | None = None
 
 

@@ -18,7 +18,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from lrsa import bench
-from lrsa.attention import SparseAttentionConfig, decode
+from lrsa.attention import SparseAttentionConfig, decode, flash4
 from lrsa.benchmark import dense, engines, filled, generate, kernels, peers
 from lrsa.benchmark.report import report
 from lrsa.benchmark.timing import compare
@@ -51,6 +51,30 @@ def test_a_scorer_without_a_fast_form_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"times the fast forms.*: scorer='oracle' ranks .*; choose another scorer"):
         bench.run(configured(tmp_path / "run", "scorers=[lag_relative,oracle]"))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("backends", ["flash4", "gather,flash4"])
+def test_a_backend_that_cannot_run_here_is_refused_before_anything_is_measured(backends, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(flash4, "_installed", lambda: None)
+    with pytest.raises(ValueError, match=r"backend='flash4' cannot run here: .* pip install 'flash-attn-4"):
+        bench.run(configured(tmp_path / "run", f"backends=[{backends}]"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_flash_attn_4_is_a_rival_where_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for a GPU: its dense kernel is timed beside PyTorch's, and the row names the fastest."""
+    cpu = kernels._inputs(configured(tmp_path), 40, torch.device("cpu"))
+    called = []
+    stand_in = types.SimpleNamespace(attend_causally=lambda *x: called.append(len(x)) or x[0])
+    monkeypatch.setattr(flash4, "obstacle", lambda query: None)
+    monkeypatch.setattr(flash4, "kernels", lambda: stand_in)
+    query = types.SimpleNamespace(device=torch.device("cuda"))
+    monkeypatch.setattr(kernels, "_dense", lambda inputs, backend: lambda: cpu[0].sum())
+    monkeypatch.setattr(kernels, "_backward", lambda function, inputs: function)
+    found = kernels._dense_kernels((query, *cpu[1:]))
+    assert sorted(found) == ["cudnn", "flash", "flash4"]
+    found["flash4"]()
+    assert called == [3]
 
 
 def test_a_wrong_kernel_gets_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

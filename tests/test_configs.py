@@ -11,7 +11,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lrsa.attention import from_conf
+from lrsa.attention import flash4, from_conf
 from lrsa.attention.scorers import SCORERS
 from lrsa.config import EvalConf, TrainConf, config_dir, register_configs
 from lrsa.data import LRSADataModule
@@ -351,6 +351,15 @@ def test_what_cannot_work_is_refused_with_values_and_fix(overrides: list[str], m
         check_train(compose_train(*TINY, *overrides))
     text = " ".join(str(error.value).split())
     assert re.search(message, text), text
+
+
+@pytest.mark.parametrize(("installed", "words"), [(None, "not installed"), ("4.0.0b9", "4.0.0b9, and too old")])
+def test_a_backend_whose_package_is_missing_is_refused_at_once(installed, words, monkeypatch) -> None:
+    monkeypatch.setattr(flash4, "_installed", lambda: installed)
+    with pytest.raises(ConfigError, match=rf"attention_backend=flash4: flash-attn-4 is {words}: pip install"):
+        check_train(compose_train(*TINY, "model.attention_backend=flash4"))
+    monkeypatch.setattr(flash4, "_installed", lambda: "4.0.0")
+    check_train(compose_train(*TINY, "model.attention_backend=flash4"))
 
 
 @pytest.mark.parametrize(

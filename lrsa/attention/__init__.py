@@ -1,8 +1,8 @@
 """Query, key, value -> output: the attention of LRSA and of its rivals.
 
 `api` validates and dispatches; `config` and `layout` fix the function; `scorers` rank, `selection` picks; `reference`,
-`gather` and `flex` compute it, `once` under its own schedule; `documents` handles padding and packing, `prompts` knows
-where a prompt ends; `huggingface` is the bridge to transformers.
+`gather`, `flex` and `flash4` compute it, `once` under its own schedule; `documents` handles padding and packing,
+`prompts` knows where a prompt ends; `huggingface` is the bridge to transformers.
 """
 
 from lrsa.attention.api import BACKENDS, kept_tokens, slots, sparse_attention, visibility_mask

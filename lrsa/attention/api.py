@@ -10,7 +10,7 @@ import logging
 import torch
 from torch import Tensor
 
-from lrsa.attention import flex, gather, once, reference
+from lrsa.attention import flash4, flex, gather, once, reference
 from lrsa.attention.config import ONCE, SparseAttentionConfig
 from lrsa.attention.dense import attend_dense
 from lrsa.attention.documents import find_documents, per_document
@@ -20,7 +20,7 @@ from lrsa.attention.selection import check_kept, kept_index, kept_mask, select, 
 from lrsa.attention.straight_through import gate as selection_gate
 
 log = logging.getLogger(__name__)
-BACKENDS = ("auto", "reference", "gather", "flex")
+BACKENDS = ("auto", "reference", "gather", "flex", "flash4")
 SHORT_PROMPT = 2048  # tokens; below, compiling FlexAttention takes longer than many passes through gather
 
 
@@ -52,11 +52,12 @@ def sparse_attention(
             scorers that look ahead in the prompt.
         scale: of the logits; 1/sqrt(D) by default.
         backend: ``reference`` (mask form, O(T^2) memory), ``gather`` (chunked SDPA, any device), ``flex``
-            (FlexAttention, CUDA), or ``auto``, which is ``reference`` for what no other can compute
-            (`SparseAttentionConfig.mask_form_only`). ``prefill_once`` has one parallel form, on PyTorch's own kernels,
-            which runs for all but ``reference``.
+            (FlexAttention, CUDA), ``flash4`` (flash-attn-4 on Hopper and Blackwell, bfloat16 and float16), or ``auto``,
+            which is ``reference`` for what no other can compute (`SparseAttentionConfig.mask_form_only`), and never
+            ``flash4`` yet. ``prefill_once`` has one parallel form, on PyTorch's own kernels, which runs for all but
+            ``reference``.
         straight_through: give the scores of kept tokens a gradient, the output being the same bit for bit (see
-            `lrsa.attention.straight_through`); ``gather`` and ``flex``, schedule ``chunked``.
+            `lrsa.attention.straight_through`); ``gather``, ``flex`` and ``flash4``, schedule ``chunked``.
 
     Returns:
         ``[B, Hq, T, D]`` in ``query``'s dtype (under autocast in autocast's, as PyTorch's own attention, ``reference``
@@ -81,7 +82,7 @@ def sparse_attention(
         _check_counts(kept, config, document_ids)
     if backend == "reference":
         if straight_through and layer is not None:
-            raise ValueError("backend='reference' has no straight_through: use 'gather', 'flex' or 'auto'")
+            raise ValueError("backend='reference' has no straight_through: use 'gather', 'flex', 'flash4' or 'auto'")
         if kept is None:
             kept = kept_tokens(
                 key, value, config, query=query, layer_idx=layer_idx, document_ids=document_ids,
@@ -235,10 +236,11 @@ def choose_backend(
                 f"backend={backend!r} cannot compute this: {config.mask_form_only}; use 'reference' or 'auto'"
             )
         return "reference"
-    obstacle = flex.obstacle(query)
-    if backend == "flex" and obstacle:
-        raise ValueError(f"backend='flex' cannot run here: {obstacle}; use 'gather' or 'auto'")
+    kernels = {"flex": flex, "flash4": flash4}
+    if backend in kernels and (obstacle := kernels[backend].obstacle(query)):
+        raise ValueError(f"backend={backend!r} cannot run here: {obstacle}; use 'gather' or 'auto'")
     if backend == "auto":
+        obstacle = flex.obstacle(query)
         # Each document length would be compiled anew, which costs more than it saves; so would each short prompt.
         short = not torch.is_grad_enabled() and query.shape[2] < SHORT_PROMPT
         backend = "gather" if obstacle or document_ids is not None or short else "flex"
@@ -295,8 +297,8 @@ def attend_selected(
     if backend == "reference":
         kept = kept_mask(index, key.shape[2], geometry, geometry.selected_partitions(key.shape[2]))
         return reference.attend(query, key, value, reference.visible(kept, geometry, None), scale)
-    run = flex.attend if backend == "flex" else gather.attend
-    return run(query, key, value, index, geometry, scale, gate)
+    run = {"gather": gather, "flex": flex, "flash4": flash4}[backend]
+    return run.attend(query, key, value, index, geometry, scale, gate)
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, kept: Tensor | None, document_ids: Tensor | None) -> None:

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from lrsa.attention import SparseAttentionConfig, kept_tokens, sparse_attention
+from lrsa.attention import SparseAttentionConfig, flash4, kept_tokens, sparse_attention
+from lrsa.attention.api import choose_backend
 from lrsa.attention.selection import select
 from lrsa.benchmark.cases import cases
 from lrsa.benchmark.timing import compare, peak_memory
@@ -26,7 +27,7 @@ def run(conf: BenchConf, device: torch.device) -> Iterator[dict[str, Any]]:
     chosen = cases(conf)
     for length in conf.lengths:
         inputs = _inputs(conf, length, device)
-        dense = {name: _dense(inputs, backend) for name, backend in _dense_backends(inputs).items()}
+        dense = _dense_kernels(inputs)
         for config, compression in chosen:
             for backend in conf.backends:
                 error, allowed = gate(conf, config, backend, device)
@@ -36,6 +37,17 @@ def run(conf: BenchConf, device: torch.device) -> Iterator[dict[str, Any]]:
                 if error <= allowed:
                     row |= _timed(conf, config, backend, inputs, dense)
                 yield row
+
+
+def check_backends(conf: BenchConf, device: torch.device) -> None:
+    """Before anything is measured.
+
+    Raises:
+        ValueError: a backend that is unknown or cannot run here, and why.
+    """
+    probe = torch.empty((1, 1, 1, conf.head_dim), dtype=getattr(torch, conf.dtype), device=device)
+    for backend in conf.backends:
+        choose_backend(backend, probe)
 
 
 def gate(conf: BenchConf, config: SparseAttentionConfig, backend: str, device: torch.device) -> tuple[float, float]:
@@ -104,18 +116,20 @@ def _inputs(conf: BenchConf, length: int, device: torch.device) -> tuple[Tensor,
     return (*(x.requires_grad_() for x in made[:3]), made[3])
 
 
-def _dense_backends(inputs: tuple[Tensor, ...]) -> dict[str, SDPBackend | None]:
+def _dense_kernels(inputs: tuple[Tensor, ...]) -> dict[str, Callable[[], Tensor]]:
     """Every dense kernel that runs here; the row names the fastest."""
     if inputs[0].device.type != "cuda":
-        return {"sdpa": None}
-    found: dict[str, SDPBackend | None] = {}
+        return {"sdpa": _dense(inputs, None)}
+    found: dict[str, Callable[[], Tensor]] = {}
     for name, backend in (("cudnn", SDPBackend.CUDNN_ATTENTION), ("flash", SDPBackend.FLASH_ATTENTION)):
         try:
             _backward(_dense(inputs, backend), inputs)()
-            found[name] = backend
+            found[name] = _dense(inputs, backend)
         except RuntimeError:  # not built in, or not for this shape and dtype
             continue
-    return found or {"sdpa": None}
+    if flash4.obstacle(inputs[0]) is None:
+        found["flash4"] = lambda: flash4.kernels().attend_causally(*inputs[:3])
+    return found or {"sdpa": _dense(inputs, None)}
 
 
 def _dense(inputs: tuple[Tensor, ...], backend: SDPBackend | None) -> Callable[[], Tensor]:

@@ -26,7 +26,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--python-version", required=True, help="the node's Python, e.g. 3.12")
     parser.add_argument("--platform", required=True, help="its newest wheel tag, e.g. manylinux_2_28_x86_64")
     parser.add_argument("--have", type=Path, help="its `pip list --format=freeze`: only what it lacks is collected")
-    parser.add_argument("--extras", default="", help="extras of lrsa, separated by commas, e.g. cuda")
+    parser.add_argument("--extras", default="", help="extras of lrsa, separated by commas, e.g. flash4")
     parser.add_argument("--model", help="smollm2, or a model folder")
     parser.add_argument("--data", type=Path, nargs="*", default=[], help="data folders or files")
     parser.add_argument("--split-mb", type=int, help="cut the bundle into parts of at most this many MB (10^6 bytes)")

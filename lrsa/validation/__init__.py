@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from hydra.errors import CompactHydraException
 
-from lrsa.attention import BACKENDS
+from lrsa.attention import BACKENDS, flash4
 from lrsa.config import (
     AttentionConf,
     DataConf,
@@ -160,6 +160,8 @@ def _model(conf: ModelConf) -> Iterator[str]:
         yield f"model.dtype={conf.dtype!r} is unknown; choose one of {', '.join(DTYPES)}"
     if conf.attention_backend not in BACKENDS:
         yield f"model.attention_backend={conf.attention_backend!r} is unknown; choose one of {', '.join(BACKENDS)}"
+    if conf.attention_backend == "flash4" and (missing := flash4.missing()):
+        yield f"model.attention_backend=flash4: {missing}"
     if conf.config is not None and "model_type" not in conf.config:
         yield f"model.config={conf.config} lacks model_type (llama, qwen2, ...), which says what the fields mean"
     if conf.config is not None and conf.gguf_file is not None:

@@ -62,6 +62,13 @@ def assert_no_worse(
         assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e}"
 
 
+def naive_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    """What low precision costs anyone: products and weights in the inputs' dtype, softmax in float32."""
+    q = query.unflatten(1, (key.shape[1], -1))
+    logits = (q @ key[:, :, None].mT * query.shape[-1] ** -0.5).masked_fill(~mask[:, :, None], -torch.inf)
+    return (logits.float().softmax(-1).to(query.dtype) @ value[:, :, None]).flatten(1, 2)
+
+
 def packed_ids(*rows: Sequence[tuple[int, int]]) -> Tensor:
     """``document_ids`` from runs of (id, length)."""
     return torch.tensor([[i for i, length in row for _ in range(length)] for row in rows])

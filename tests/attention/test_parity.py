@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from lrsa.attention import SparseAttentionConfig, kept_tokens, sparse_attention, visibility_mask
-from tests.attention.tensors import LOCAL, assert_no_worse, attend, forward_and_gradients, packed_ids, random_inputs
+from tests.attention.tensors import (
+    LOCAL,
+    assert_no_worse,
+    attend,
+    forward_and_gradients,
+    naive_attention,
+    packed_ids,
+    random_inputs,
+)
 
 
 @dataclass(frozen=True)
@@ -81,13 +89,6 @@ def test_gather_equals_reference_forward_and_gradients(scorer, name):
         assert visible.sum() < causal.sum(), "the case compresses nothing"
 
 
-def _naive(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-    """What low precision costs anyone: products and weights in the inputs' dtype, softmax in float32."""
-    q = query.unflatten(1, (key.shape[1], -1))
-    logits = (q @ key[:, :, None].mT * query.shape[-1] ** -0.5).masked_fill(~mask[:, :, None], -torch.inf)
-    return (logits.float().softmax(-1).to(query.dtype) @ value[:, :, None]).flatten(1, 2)
-
-
 @pytest.mark.parametrize("scorer", LOCAL)
 @pytest.mark.parametrize("name", ["T129-9-over-3-heads-nothing-kept-C-below-L", "T777-published-geometry"])
 def test_bfloat16_is_as_good_as_naive_bfloat16(scorer, name):
@@ -96,7 +97,7 @@ def test_bfloat16_is_as_good_as_naive_bfloat16(scorer, name):
     config = case.config(scorer)
     fast, plain, exact = both(case, config, inputs)
     mask = visibility_mask(kept_tokens(inputs[1], inputs[2], config, query=inputs[0]), config)
-    naive = forward_and_gradients(lambda q, k, v: _naive(q, k, v, mask), *inputs)
+    naive = forward_and_gradients(lambda q, k, v: naive_attention(q, k, v, mask), *inputs)
     assert_no_worse(fast, naive, exact)
     assert_no_worse(plain, naive, exact)
 

@@ -1,0 +1,211 @@
+"""Which blocks of keys each block of queries sees, and which see it, in closed form: no T x T mask is ever made.
+
+A row is a query from position S on, so that partitions of whole blocks begin with a block. Keys are
+``[sinks | kept | gap to a block | raw keys from position S on | tail to a block]``. With n compressed partitions a row
+sees a prefix of the first, ``S + nK`` entries, and a range of the raw keys, from ``nL`` to its own; both ends grow with
+the row, so that the first and the last row of a block of queries say it all.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lrsa.attention.layout import Geometry
+
+KEY_BLOCK = 128
+TAIL = 1 / 16  # of a processor's work that a single column may be: what others may wait for it at the end
+SHORTEST_WINDOW = 16  # query blocks; a shorter piece would pay more for its start than it saves
+
+
+class Walk(NamedTuple):
+    """How the backward pass walks the columns: a processor takes a block of keys and goes through the queries that see
+    it, adding to their gradients. Those of the oldest kept keys are all later ones.
+
+    ``window``: query blocks at whose multiples columns of the buffer are cut, their keys standing in line once for each
+    piece; 0: never; None: as `TAIL` asks for. ``descending``: the last query block first, with which all columns of
+    the buffer end, so that those which run side by side read and add to the same ones while the L2 cache holds them.
+    From their first ones on, columns would stand 1/r blocks apart: at 1/8 and D 128 that is 135 MB for 132 processors,
+    and the memory's bandwidth is the limit.
+    """
+
+    window: int | None = None
+    descending: bool = True
+
+
+class Lists(NamedTuple):
+    """Of each block of queries (or keys) the blocks of the other kind, int32, as flash-attn-4 wants them: ``partial``
+    ones, which need the mask, and ``full`` ones. Counts ``[1, 1, N]``, the first so many of ``[1, 1, N, W]`` count."""
+
+    partial_count: Tensor
+    partial_index: Tensor
+    full_count: Tensor
+    full_index: Tensor
+
+
+class Mask(NamedTuple):
+    """What `visible` needs to know. ``skipped``: keys that stand before the buffer, which the lists call full."""
+
+    lag: int
+    chunk: int
+    sink: int
+    kept: int
+    raw_offset: int
+    skipped: int = 0
+
+
+class Layout(NamedTuple):
+    """The lists of both passes.
+
+    Attributes:
+        length: keys, whole blocks, the raw ones from ``mask.raw_offset`` on.
+        again: of each window but the first how much of the buffer's beginning stands before the keys once more in
+            the backward pass, in that order; ``mask_backward.skipped`` keys in all.
+    """
+
+    length: int
+    query_block: int
+    mask: Mask
+    mask_backward: Mask
+    forward: Lists
+    backward: Lists
+    again: tuple[int, ...]
+
+
+def visible(row, column, *, lag, chunk, sink, kept, raw_offset, skipped):
+    """Whether a row sees a key. Plain arithmetic, for tensors and for what CuTe compiles alike.
+
+    Before the first compression, and nowhere else, ``compressed`` is 0 or less; both conditions allow for that.
+    """
+    first = -(-2 * lag // chunk) * chunk - 2 * lag  # of the rows' grid of chunks, which begins at row 2L
+    compressed = ((row + first) // chunk * chunk - first) // lag - 1
+    entry = column - skipped
+    raw = entry - raw_offset
+    in_buffer = (entry < sink) | (entry < compressed * kept + sink)
+    return in_buffer | ((raw >= 0) & (raw >= compressed * lag) & (raw <= row))
+
+
+WALK = Walk()
+
+
+@functools.lru_cache(maxsize=64)
+def layout(
+    geometry: Geometry, tokens: int, device: torch.device, walk: Walk, heads: float, query_block: int = KEY_BLOCK
+) -> Layout:
+    """Of ``tokens`` tokens, of which some query sees some compressed; ``heads``: query heads, of all rows of a batch,
+    for each processor of the device."""
+    rows, sink = tokens - geometry.sink, geometry.sink
+    edges = _edges(geometry, rows, query_block)
+    used = sink + geometry.selected_partitions(tokens) * geometry.kept
+    buffer, raw = -(-used // KEY_BLOCK), -(-rows // KEY_BLOCK)
+    mask = Mask(geometry.lag, geometry.chunk, sink, geometry.kept, buffer * KEY_BLOCK)
+    forward = _forward(edges, buffer)
+    window = walk.window
+    if window is None:
+        pairs = int(sum(counts.sum() for counts in (forward.partial_count, forward.full_count)))
+        window = _window(pairs * heads, len(edges.first_row))
+    backward, again = _backward(edges, query_block, buffer, raw, window, walk.descending)
+    return Layout(
+        length=(buffer + raw) * KEY_BLOCK,
+        query_block=query_block,
+        mask=mask,
+        mask_backward=mask._replace(skipped=sum(again)),
+        forward=Lists(*(x.to(device) for x in forward)),
+        backward=Lists(*(x.to(device) for x in backward)),
+        again=again,
+    )
+
+
+class _Edges(NamedTuple):
+    """What the first and the last row of each block of queries see: ``[N]`` each, none of them ever falling."""
+
+    first_row: Tensor
+    last_row: Tensor
+    least_kept: Tensor
+    most_kept: Tensor
+    first_raw: Tensor
+    last_raw: Tensor
+
+
+def _edges(geometry: Geometry, rows: int, query_block: int) -> _Edges:
+    first_row = torch.arange(0, rows, query_block)
+    last_row = (first_row + query_block).clamp(max=rows) - 1
+    first, last = (
+        torch.tensor([geometry.compressed(geometry.chunk_start(geometry.sink + row)) for row in edge.tolist()])
+        for edge in (first_row, last_row)
+    )
+    least_kept, most_kept = (geometry.sink + n * geometry.kept for n in (first, last))
+    return _Edges(first_row, last_row, least_kept, most_kept, first * geometry.lag, last * geometry.lag)
+
+
+def _window(work: float, query_blocks: int) -> int:
+    """A power of two; 0 where the longest column is short enough. ``work``: pairs of blocks that a processor has."""
+    longest = max(SHORTEST_WINDOW, int(TAIL * work))
+    return 0 if longest >= query_blocks else 1 << (longest.bit_length() - 1)
+
+
+def _forward(edges: _Edges, buffer: int) -> Lists:
+    full_kept = edges.least_kept // KEY_BLOCK
+    kept = -(-edges.most_kept // KEY_BLOCK)
+    # Raw blocks [begin, end), those of [full, masked) without a mask.
+    begin, end = edges.first_raw // KEY_BLOCK, edges.last_row // KEY_BLOCK + 1
+    full = (-(-edges.last_raw // KEY_BLOCK)).clamp(begin, end)
+    masked = ((edges.first_row + 1) // KEY_BLOCK).clamp(full, end)
+    nothing = torch.zeros_like(kept)
+    partial_ranges = (full_kept, kept), (begin + buffer, full + buffer), (masked + buffer, end + buffer)
+    full_ranges = (nothing, full_kept), (full + buffer, masked + buffer)
+    return Lists(*_listed(partial_ranges), *_listed(full_ranges))
+
+
+def _backward(
+    edges: _Edges, query_block: int, buffer: int, raw: int, window: int, descending: bool
+) -> tuple[Lists, tuple[int, ...]]:
+    """The transpose: columns of the buffer, which once they are full stay full, then those of the raw keys.
+
+    A column that is cut keeps its first piece, with all its blocks that need a mask; the others stand in front, window
+    by window, so that the long ones are begun first.
+    """
+    count = len(edges.first_row)
+    key = torch.arange(buffer) * KEY_BLOCK
+    seen = torch.searchsorted(edges.most_kept, key, right=True)
+    full = torch.searchsorted(edges.least_kept, key + KEY_BLOCK)
+    stop = torch.full_like(seen, count)
+    if window:
+        stop = (-(-torch.maximum(full, seen + 1) // window) * window).clamp(max=count)
+    cut = [(begin, int((stop <= begin).sum())) for begin in range(window, count, window)] if window else []
+    pieces = [torch.full((columns,), begin) for begin, columns in cut]
+    begins = torch.cat([*pieces, key[:0]])
+
+    key = torch.arange(raw) * KEY_BLOCK
+    begin = key // query_block
+    end = torch.searchsorted(edges.first_raw, key + KEY_BLOCK)
+    whole = (-(-(key + KEY_BLOCK - 1) // query_block)).clamp(begin, end)
+    masked = torch.searchsorted(edges.last_raw, key, right=True).clamp(whole, end)
+
+    none = torch.zeros_like(begins)
+    partial_ranges = (
+        (torch.cat([none, seen, begin]), torch.cat([none, full, whole])),
+        (torch.cat([none, full, masked]), torch.cat([none, full, end])),
+    )
+    full_starts = torch.cat([begins, full, whole])
+    full_stops = torch.cat([(begins + window).clamp(max=count), stop, masked])
+    lists = *_listed(partial_ranges, descending), *_listed(((full_starts, full_stops),), descending)
+    return Lists(*lists), tuple(columns * KEY_BLOCK for _, columns in cut if columns)
+
+
+def _listed(ranges: tuple[tuple[Tensor, Tensor], ...], descending: bool = False) -> tuple[Tensor, Tensor]:
+    """Ranges ``[start, stop)``, each ``[N]``, one after the other: counts and indices of `Lists`."""
+    lengths = [(stop - start).clamp(min=0) for start, stop in ranges]
+    count = torch.stack(lengths).sum(0)
+    place = torch.arange(max(1, int(count.max())))[None]  # the kernels want a dimension that is not empty
+    if descending:
+        place = (count[:, None] - 1 - place).clamp(min=0)
+    index, before = torch.zeros(len(count), place.shape[1], dtype=torch.int64), torch.zeros_like(count)
+    for (start, _), length in zip(ranges, lengths, strict=True):
+        inside = (place >= before[:, None]) & (place < (before + length)[:, None])
+        index = torch.where(inside, place + (start - before)[:, None], index)
+        before = before + length
+    return count.to(torch.int32)[None, None], index.to(torch.int32)[None, None].contiguous()

@@ -1,0 +1,178 @@
+"""The parallel form on flash-attn-4's block-sparse kernels: Hopper and Blackwell, forward and backward.
+
+Keys and block lists are those of `lrsa.attention.blocks`. The first S queries, which see one another alone, are
+attended apart, so that the kernels' blocks begin where partitions do without a copy of the queries.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from importlib.metadata import PackageNotFoundError, version
+from types import ModuleType
+
+import torch
+from packaging.version import Version
+from torch import Tensor
+
+from lrsa.attention import blocks
+from lrsa.attention.blocks import WALK, Layout, Walk
+from lrsa.attention.dense import attend_dense
+from lrsa.attention.layout import Geometry
+
+OLDEST = "4.0.0b36"  # its scalars of a mask came with a beta, and its private functions are called
+LARGEST_HEAD = 128  # beyond, the backward kernel has blocks of other sizes
+ARCHITECTURES = (9, 10)  # Hopper, Blackwell
+
+
+def missing() -> str | None:
+    """What of the package is missing, and what to do; None if nothing is."""
+    installed = _installed()
+    if installed is None:
+        return f"flash-attn-4 is not installed: pip install 'flash-attn-4[cu13]>={OLDEST}'"
+    if Version(installed) < Version(OLDEST):
+        return f"flash-attn-4 is {installed}, and too old: pip install -U 'flash-attn-4[cu13]>={OLDEST}'"
+    return None
+
+
+def obstacle(query: Tensor) -> str | None:
+    """Why flash-attn-4 cannot run on this input, or None."""
+    if absent := missing():
+        return absent
+    if query.device.type != "cuda":
+        return f"flash-attn-4 runs on CUDA alone, the tensors are on {query.device.type}"
+    cast = query.dtype == torch.float32 and torch.is_autocast_enabled("cuda")
+    if query.dtype not in (torch.bfloat16, torch.float16) and not cast:
+        return f"flash-attn-4 computes in bfloat16 or float16, the tensors are {query.dtype}"
+    if query.shape[-1] % 8 or query.shape[-1] > LARGEST_HEAD:
+        return f"it needs a head dimension of 8, 16, .. {LARGEST_HEAD}, this is {query.shape[-1]}"
+    major, minor = torch.cuda.get_device_capability(query.device)
+    if major not in ARCHITECTURES:
+        return f"its block-sparse backward is for compute capability 9 and 10, this GPU has {major}.{minor}"
+    strict = torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+    if strict and torch.is_grad_enabled():
+        return "torch.use_deterministic_algorithms is on, and its backward adds up the queries' gradient in any order"
+    return None
+
+
+@functools.cache  # asked in every layer, and the answer is on the disk
+def _installed() -> str | None:
+    try:
+        return version("flash-attn-4")
+    except PackageNotFoundError:
+        return None
+
+
+@torch.compiler.disable  # the kernels bring a compiler of their own
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    index: Tensor,
+    geometry: Geometry,
+    scale: float,
+    gate: Tensor | None = None,
+    *,
+    walk: Walk = WALK,
+) -> Tensor:
+    """``query [B, Hq, T, D]``, ``key``/``value`` ``[B, H, T, D]``, ``index [B, H, P * K]`` of at least one partition,
+    ``gate`` likewise, a factor of the kept values -> ``[B, Hq, T, D]``. ``walk``: of the backward pass."""
+    query_block, processors = _device(query.device)
+    heads = query.shape[0] * query.shape[1] / processors
+    layout = blocks.layout(geometry, query.shape[2], query.device, walk, heads, query_block)
+    return _Attention.apply(query, key, value, index, gate, layout, scale)
+
+
+def _device(device: torch.device) -> tuple[int, int]:
+    """Queries a block of the forward kernel, and processors."""
+    properties = torch.cuda.get_device_properties(device)
+    return (128 if properties.major == 9 else 256), properties.multi_processor_count
+
+
+def kernels() -> ModuleType:
+    """`lrsa.attention.flash4_kernels`, which can be imported where there is no `obstacle`."""
+    return importlib.import_module("lrsa.attention.flash4_kernels")
+
+
+class _Attention(torch.autograd.Function):
+    """The rows of keys are made anew in the backward pass, where their gradients take their place: what they hold is as
+    much as keys and values, and is not kept."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, index, gate, layout, scale):
+        sink = layout.mask.sink
+        rows = _rows(key, index, layout), _rows(value, index, layout, gate)
+        out = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format)  # [B, T, Hq, D], as theirs
+        log_sum = kernels().forward(
+            query.transpose(1, 2)[:, sink:], *(x.transpose(1, 2) for x in rows), out[:, sink:], layout, scale,
+            with_log_sum=any(ctx.needs_input_grad),
+        )  # fmt: skip
+        out = out.transpose(1, 2)
+        if sink:
+            q, k, v = (x[:, :, :sink] for x in (query, key, value))
+            out[:, :, :sink] = attend_dense(q, k, v, scale)
+        ctx.layout, ctx.scale = layout, scale
+        ctx.save_for_backward(query, key, value, index, gate, out, log_sum)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_out):
+        query, key, value, index, gate, out, log_sum = ctx.saved_tensors
+        layout, sink = ctx.layout, ctx.layout.mask.sink
+        grad_query = torch.empty_like(out)
+        ours = (x.transpose(1, 2)[:, sink:] for x in (query, out, grad_out, grad_query))
+        rows = _rows(key, index, layout, again=layout.again), _rows(value, index, layout, gate, layout.again)
+        kernels().backward(*ours, *(x.transpose(1, 2) for x in rows), log_sum, layout, ctx.scale)
+        grad_key, _ = _to_tokens(rows[0], key, index, layout)
+        grad_value, grad_gate = _to_tokens(rows[1], value, index, layout, gate)
+        if sink:
+            with torch.enable_grad():
+                q, k, v = (x[:, :, :sink].detach().requires_grad_() for x in (query, key, value))
+                first = attend_dense(q, k, v, ctx.scale)
+            grad_q, grad_k, grad_v = torch.autograd.grad(first, (q, k, v), grad_out[:, :, :sink])
+            grad_query[:, :, :sink] = grad_q
+            grad_key[:, :, :sink] += grad_k
+            grad_value[:, :, :sink] += grad_v
+        return grad_query, grad_key, grad_value, None, grad_gate, None, None
+
+
+def _rows(x: Tensor, index: Tensor, layout: Layout, gate: Tensor | None = None, again: tuple[int, ...] = ()) -> Tensor:
+    """``x [B, H, T, D]`` -> ``[sinks | kept | gap | rest of x | tail]``, before it beginnings of the buffer that stand
+    there ``again``. Nothing sees gap and tail, which repeat the first token: zeros would be two more kernels."""
+    sink, raw_offset = layout.mask.sink, layout.mask.raw_offset
+    rest, first = x[:, :, sink:], x[:, :, :1]
+    kept = x.gather(2, _expand(index, x.shape[3]))
+    if gate is not None:
+        kept = kept * gate[..., None].to(x.dtype)
+    gap = first.expand(-1, -1, raw_offset - sink - index.shape[2], -1)
+    tail = first.expand(-1, -1, layout.length - raw_offset - rest.shape[2], -1)
+    buffer = [x[:, :, :sink], kept, gap]
+    if again:
+        buffer = [torch.cat(buffer, 2)]
+    return torch.cat([*(buffer[0][:, :, :count] for count in again), *buffer, rest, tail], 2)
+
+
+def _to_tokens(
+    grad: Tensor, x: Tensor, index: Tensor, layout: Layout, gate: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """The gradient of `_rows` with ``layout.again`` -> those of ``x`` and of ``gate``."""
+    sink, raw_offset = layout.mask.sink, layout.mask.raw_offset
+    *pieces, buffer, raw = grad.split([*layout.again, raw_offset, layout.length - raw_offset], 2)
+    if pieces:  # in bfloat16 a key of many pieces would lose the smaller ones
+        total = buffer.to(torch.promote_types(x.dtype, torch.float32))
+        for piece in pieces:
+            total[:, :, : piece.shape[2]] += piece
+        buffer = total.to(x.dtype)
+    positions, kept = _expand(index, x.shape[3]), buffer[:, :, sink : sink + index.shape[2]]
+    grad_gate = None
+    if gate is not None:
+        grad_gate = (kept * x.gather(2, positions)).sum(-1, dtype=gate.dtype)
+        kept = kept * gate[..., None].to(x.dtype)
+    result = torch.cat([buffer[:, :, :sink], raw[:, :, : x.shape[2] - sink]], 2)
+    # Kept positions are each there but once, so that nothing is lost or added twice.
+    return result.scatter_(2, positions, result.gather(2, positions) + kept), grad_gate
+
+
+def _expand(index: Tensor, dim: int) -> Tensor:
+    return index[..., None].expand(-1, -1, -1, dim)
