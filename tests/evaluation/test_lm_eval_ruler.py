@@ -8,11 +8,14 @@ import lm_eval.evaluator
 import lm_eval.tasks
 import numpy as np
 import pytest
+from hydra import compose, initialize_config_dir
 from lm_eval.tasks import TaskManager
+from omegaconf import OmegaConf
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import lrsa.evaluation.lm_eval_run
-from lrsa.config import AttentionConf, EvaluationConf, LMEvalConf
+from lrsa.config import AttentionConf, EvaluationConf, LMEvalConf, config_dir, register_configs
+from lrsa.evaluation import load_tasks
 from lrsa.evaluation.errors import EvaluationInputError
 from lrsa.evaluation.lm_eval_ruler import (
     OFFLINE,
@@ -23,6 +26,7 @@ from lrsa.evaluation.lm_eval_ruler import (
     without_downloads,
 )
 from lrsa.evaluation.lm_eval_run import run_lm_eval
+from lrsa.evaluation.string_match import string_match_all
 
 
 def test_variable_tracking_that_would_not_end_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -111,6 +115,28 @@ def ruler(monkeypatch: pytest.MonkeyPatch) -> EvaluationConf:
     monkeypatch.setattr(lrsa.evaluation.lm_eval_run, "TaskManager", manager)
     attention = AttentionConf(sink_size=4, lag_size=16)
     return EvaluationConf(attention=attention, compressions=[1, 4], batch_size=4, bootstrap=100)
+
+
+@pytest.mark.slow  # RULER's imports, and 4,096 tokens
+def test_an_oracle_scores_here_as_there(ruler: EvaluationConf, tokenizer: PreTrainedTokenizerBase) -> None:
+    """One that reads the answer, parts of it, nothing, or something else: of lm-eval's documents and of ours."""
+    names = {"niah_single_1": "ruler_niah_single_1", "niah_multikey_2": "ruler_niah_multikey_2", "ruler_vt": "ruler_vt"}
+    conf = LMEvalConf(tasks=list(names), metadata={"max_seq_lengths": [4096]})
+    theirs, _ = lrsa.evaluation.lm_eval_run._load_tasks(tokenizer, conf, seed=0)
+    register_configs()
+    with initialize_config_dir(str(config_dir()), version_base=None):
+        asked = [f"task=[{','.join(names.values())}]", "evaluation.length=4096", "model=recall_tiny", "mode=generate"]
+        evaluation = OmegaConf.to_object(compose("eval", [*asked, "run.output_dir=unused", "~hydra"])).evaluation
+    ours = {task.name: task.prompts for task in load_tasks(tokenizer, evaluation, 4096)}
+    for task in theirs:
+        references = [doc["outputs"] for doc in list(task.test_docs())[:20]]
+        references += [list(ours[names[task.task_name]][index].answers[0]) for index in range(20)]
+        for answers in references:
+            half = " ".join(answers[: len(answers) // 2])
+            for said in (f" {', '.join(answers)}.", half, "", "nothing of the sort", answers[-1].lower()):
+                found = task.process_results({"outputs": answers, "max_length": 4096}, [said])
+                assert found["4096"] == pytest.approx(string_match_all(said, answers))
+            assert string_match_all(" ".join(answers), answers) == 1 and string_match_all("", answers) == 0
 
 
 @pytest.mark.slow
