@@ -1,6 +1,7 @@
 """A tiny model and a stream of random samples: enough to train on in a second, no tokenizer, no download."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,10 +10,13 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel
 
+from lrsa.attention import SparseAttentionConfig
 from lrsa.config import RecipeConf, TrainerConf
 from lrsa.models import load_model
+from lrsa.training import PostTraining, fit
 
 VOCABULARY, LENGTH = 61, 40
+SPARSE = SparseAttentionConfig(sink_size=2, lag_size=8, keep_ratio=0.5)
 
 
 @pytest.fixture
@@ -77,6 +81,18 @@ class RandomData(LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         start = self.trainer.global_step * self.recipe.batch_size
         return DataLoader(Samples(self.recipe.micro_batch_size or self.recipe.batch_size, start), batch_size=None)
+
+
+def train(
+    model: PreTrainedModel,
+    recipe: RecipeConf,
+    trainer: TrainerConf,
+    folder: Path,
+    attention: SparseAttentionConfig | None = SPARSE,
+    **options: Any,
+) -> tuple[PostTraining, list[dict[str, Any]]]:
+    module = PostTraining(model, attention, recipe, seed=3)
+    return module, fit(module, RandomData(recipe), trainer, folder, **options).history
 
 
 @pytest.fixture

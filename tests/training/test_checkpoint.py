@@ -9,7 +9,6 @@ import torch
 from lightning.pytorch import Callback
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lrsa.attention import SparseAttentionConfig
 from lrsa.config import LoraConf, RecipeConf, TrainerConf
 from lrsa.models import get_attention, load_model
 from lrsa.training import PostTraining, TrainingResult, find_checkpoint, fit, save_model
@@ -17,9 +16,8 @@ from lrsa.training.checkpoint import LAST
 from lrsa.training.lora import add_lora
 from lrsa.training.module import parameter_counts
 
-from .conftest import RandomData
+from .conftest import SPARSE, RandomData
 
-SPARSE = SparseAttentionConfig(sink_size=2, lag_size=8, keep_ratio=0.5)
 ModelMaker = Callable[..., PreTrainedModel]
 
 

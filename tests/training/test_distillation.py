@@ -15,29 +15,16 @@ from transformers import PreTrainedModel
 from lrsa.attention import SparseAttentionConfig
 from lrsa.config import DistillationConf, LoraConf, RecipeConf, TrainerConf
 from lrsa.models import get_attention, load_model, set_attention
-from lrsa.training import NonFiniteLoss, PostTraining, find_checkpoint, fit
+from lrsa.training import NonFiniteLoss, find_checkpoint
 from lrsa.training.distillation import Distillation, answer, divergence, relative_error
 from lrsa.training.lora import add_lora
 
-from .conftest import RandomData, make_sample
+from .conftest import SPARSE, make_sample, train
 from .test_checkpoint import KillAfter, Killed, without_clock
 
-SPARSE = SparseAttentionConfig(sink_size=2, lag_size=8, keep_ratio=0.5)
 ModelMaker = Callable[..., PreTrainedModel]
 KL = DistillationConf(weight=0.5)
 BOTH = DistillationConf(weight=0.25, temperature=2.0, hidden=0.5)
-
-
-def train(
-    model: PreTrainedModel,
-    recipe: RecipeConf,
-    trainer: TrainerConf,
-    folder: Path,
-    attention: SparseAttentionConfig | None = SPARSE,
-    **options: Any,
-) -> tuple[PostTraining, list[dict[str, Any]]]:
-    module = PostTraining(model, attention, recipe, seed=3)
-    return module, fit(module, RandomData(recipe), trainer, folder, **options).history
 
 
 def batch_of(rows: int) -> dict[str, Any]:

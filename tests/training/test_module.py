@@ -16,22 +16,9 @@ from lrsa.models import get_attention
 from lrsa.training import NonFiniteLoss, PostTraining, fit
 from lrsa.training.checkpoint import LAST
 
-from .conftest import RandomData, make_sample
+from .conftest import SPARSE, RandomData, make_sample, train
 
-SPARSE = SparseAttentionConfig(sink_size=2, lag_size=8, keep_ratio=0.5)
 ModelMaker = Callable[..., PreTrainedModel]
-
-
-def train(
-    model: PreTrainedModel,
-    recipe: RecipeConf,
-    trainer: TrainerConf,
-    folder: Path,
-    attention: SparseAttentionConfig | None = SPARSE,
-    **options: Any,
-) -> tuple[PostTraining, list[dict[str, Any]]]:
-    module = PostTraining(model, attention, recipe, seed=3)
-    return module, fit(module, RandomData(recipe), trainer, folder, **options).history
 
 
 def test_loss_is_the_mean_over_the_steps_targets(

@@ -13,16 +13,14 @@ import torch.nn.functional as F
 from lightning.pytorch import Callback
 from transformers import PreTrainedModel
 
-from lrsa.attention import SparseAttentionConfig
 from lrsa.config import AttentionConf, DistillationConf, RecipeConf, TrainerConf
 from lrsa.models import set_attention, target_logits
 from lrsa.training import PostTraining, fit
 from lrsa.training.schedule import draw_compression, hashed_integer, learning_rate_factor
 from lrsa.validation.objective import problems_of
 
-from .conftest import RandomData, make_sample
+from .conftest import SPARSE, RandomData, make_sample
 
-SPARSE = SparseAttentionConfig(sink_size=2, lag_size=8, keep_ratio=0.5)
 ModelMaker = Callable[..., PreTrainedModel]
 
 
