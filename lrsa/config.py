@@ -336,6 +336,7 @@ class BenchConf:
     key_value_heads: int = 3
     head_dim: int = 64
     rounds: int = 5
+    graphs: bool = False  # mode=kernels: replay CUDA graphs, so that no time is Python's; what a short length is worth
     # of mode=generate: dense, lrsa (at each of `compressions`), kvpress/<Press> (likewise)
     engines: list[str] = field(default_factory=lambda: ["dense", "lrsa"])
     decode_steps: int = 256  # of mode=generate, at least; whole chunks are timed

@@ -10,13 +10,11 @@ mask: the CPU's path, and float64's.
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import os
-
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+
+from lrsa.attention.fused import has_triton, interpreted
 
 BACKENDS = ("auto", "triton", "sdpa")
 MAX_HEAD_DIM = 256
@@ -76,7 +74,7 @@ def choose_backend(backend: str, query: Tensor, key: Tensor) -> str:
 
 def obstacle(query: Tensor, key: Tensor) -> str | None:
     """Why the Triton kernel cannot run on these tensors, or None."""
-    if not _has_triton():
+    if not has_triton():
         return "the package triton is not installed"
     if query.device.type != "cuda" and not interpreted():
         return f"the kernel runs on CUDA, the tensors are on {query.device.type}"
@@ -87,16 +85,6 @@ def obstacle(query: Tensor, key: Tensor) -> str | None:
     if query.shape[1] // key.shape[1] > MAX_GROUP:
         return f"the kernel takes up to {MAX_GROUP} query heads a key head, this is {query.shape[1] // key.shape[1]}"
     return None
-
-
-def interpreted() -> bool:
-    """Whether Triton interprets kernels, on any device, instead of compiling them."""
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def _sdpa(

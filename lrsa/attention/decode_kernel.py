@@ -10,7 +10,6 @@ Imported by `decode.attend` alone, for it needs the package triton.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 
@@ -18,6 +17,8 @@ import torch
 import triton  # type: ignore
 import triton.language as tl  # type: ignore
 from torch import Tensor
+
+from lrsa.attention import fused
 
 STAGE_BYTES = 32 * 1024  # keys and values of one step of a program's loop; three are on their way at once
 RESIDENT = 3  # programs that share a multiprocessor, for the shared memory that they take
@@ -174,7 +175,7 @@ def attend(
         parts = torch.empty((batch * heads, splits, group, dim), dtype=torch.float32, device=query.device)
         sums = torch.empty((batch * heads, splits, group), dtype=torch.float32, device=query.device)
     marks = query if valid is None else valid.view(torch.uint8)  # any pointer where none is read
-    with _on(query.device):
+    with fused.on(query.device):
         _attend_share[(splits, batch * heads)](
             query,
             key,
@@ -228,8 +229,3 @@ def _multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":  # interpreted: a few, so that tests meet several shares
         return 4
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be the tensors'."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -15,10 +15,11 @@ import torch
 from packaging.version import Version
 from torch import Tensor
 
-from lrsa.attention import blocks
+from lrsa.attention import blocks, rows
 from lrsa.attention.blocks import WALK, Layout, Walk
 from lrsa.attention.dense import attend_dense
 from lrsa.attention.layout import Geometry
+from lrsa.attention.rows import Plan
 
 OLDEST = "4.0.0b36"  # its scalars of a mask came with a beta, and its private functions are called
 LARGEST_HEAD = 128  # beyond, the backward kernel has blocks of other sizes
@@ -101,10 +102,10 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, index, gate, layout, scale):
         sink = layout.mask.sink
-        rows = _rows(key, index, layout), _rows(value, index, layout, gate)
+        made = rows.gather(key, value, index, _plan(key, index, layout), gate)
         out = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format)  # [B, T, Hq, D], as theirs
         log_sum = kernels().forward(
-            query.transpose(1, 2)[:, sink:], *(x.transpose(1, 2) for x in rows), out[:, sink:], layout, scale,
+            query.transpose(1, 2)[:, sink:], *(x.transpose(1, 2) for x in made), out[:, sink:], layout, scale,
             with_log_sum=any(ctx.needs_input_grad),
         )  # fmt: skip
         out = out.transpose(1, 2)
@@ -122,10 +123,10 @@ class _Attention(torch.autograd.Function):
         layout, sink = ctx.layout, ctx.layout.mask.sink
         grad_query = torch.empty_like(out)
         ours = (x.transpose(1, 2)[:, sink:] for x in (query, out, grad_out, grad_query))
-        rows = _rows(key, index, layout, again=layout.again), _rows(value, index, layout, gate, layout.again)
-        kernels().backward(*ours, *(x.transpose(1, 2) for x in rows), log_sum, layout, ctx.scale)
-        grad_key, _ = _to_tokens(rows[0], key, index, layout)
-        grad_value, grad_gate = _to_tokens(rows[1], value, index, layout, gate)
+        plan = _plan(key, index, layout, layout.again)
+        made = rows.gather(key, value, index, plan, gate)
+        kernels().backward(*ours, *(x.transpose(1, 2) for x in made), log_sum, layout, ctx.scale)
+        grad_key, grad_value, grad_gate = rows.scatter(*made, key, value, index, plan, gate)
         if sink:
             with torch.enable_grad():
                 q, k, v = (x[:, :, :sink].detach().requires_grad_() for x in (query, key, value))
@@ -137,42 +138,10 @@ class _Attention(torch.autograd.Function):
         return grad_query, grad_key, grad_value, None, grad_gate, None, None
 
 
-def _rows(x: Tensor, index: Tensor, layout: Layout, gate: Tensor | None = None, again: tuple[int, ...] = ()) -> Tensor:
-    """``x [B, H, T, D]`` -> ``[sinks | kept | gap | rest of x | tail]``, before it beginnings of the buffer that stand
-    there ``again``. Nothing sees gap and tail, which repeat the first token: zeros would be two more kernels."""
-    sink, raw_offset = layout.mask.sink, layout.mask.raw_offset
-    rest, first = x[:, :, sink:], x[:, :, :1]
-    kept = x.gather(2, _expand(index, x.shape[3]))
-    if gate is not None:
-        kept = kept * gate[..., None].to(x.dtype)
-    gap = first.expand(-1, -1, raw_offset - sink - index.shape[2], -1)
-    tail = first.expand(-1, -1, layout.length - raw_offset - rest.shape[2], -1)
-    buffer = [x[:, :, :sink], kept, gap]
-    if again:
-        buffer = [torch.cat(buffer, 2)]
-    return torch.cat([*(buffer[0][:, :, :count] for count in again), *buffer, rest, tail], 2)
-
-
-def _to_tokens(
-    grad: Tensor, x: Tensor, index: Tensor, layout: Layout, gate: Tensor | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """The gradient of `_rows` with ``layout.again`` -> those of ``x`` and of ``gate``."""
-    sink, raw_offset = layout.mask.sink, layout.mask.raw_offset
-    *pieces, buffer, raw = grad.split([*layout.again, raw_offset, layout.length - raw_offset], 2)
-    if pieces:  # in bfloat16 a key of many pieces would lose the smaller ones
-        total = buffer.to(torch.promote_types(x.dtype, torch.float32))
-        for piece in pieces:
-            total[:, :, : piece.shape[2]] += piece
-        buffer = total.to(x.dtype)
-    positions, kept = _expand(index, x.shape[3]), buffer[:, :, sink : sink + index.shape[2]]
-    grad_gate = None
-    if gate is not None:
-        grad_gate = (kept * x.gather(2, positions)).sum(-1, dtype=gate.dtype)
-        kept = kept * gate[..., None].to(x.dtype)
-    result = torch.cat([buffer[:, :, :sink], raw[:, :, : x.shape[2] - sink]], 2)
-    # Kept positions are each there but once, so that nothing is lost or added twice.
-    return result.scatter_(2, positions, result.gather(2, positions) + kept), grad_gate
-
-
-def _expand(index: Tensor, dim: int) -> Tensor:
-    return index[..., None].expand(-1, -1, -1, dim)
+def _plan(key: Tensor, index: Tensor, layout: Layout, again: tuple[int, ...] = ()) -> Plan:
+    mask = layout.mask
+    partitions = index.shape[2] // mask.kept if mask.kept else 0
+    return Plan(
+        tokens=key.shape[2], sink=mask.sink, lag=mask.lag, kept=mask.kept, partitions=partitions,
+        raw_offset=mask.raw_offset, raw_start=mask.sink, length=layout.length, again=again,
+    )  # fmt: skip

@@ -15,7 +15,7 @@ from lrsa.attention import SparseAttentionConfig, flash4, kept_tokens, sparse_at
 from lrsa.attention.api import choose_backend
 from lrsa.attention.selection import select
 from lrsa.benchmark.cases import cases
-from lrsa.benchmark.timing import compare, peak_memory
+from lrsa.benchmark.timing import captured, compare, peak_memory
 from lrsa.config import BenchConf
 
 # The gate compares at a length where the reference, O(T^2) memory, is cheap; the kernels know no length.
@@ -43,8 +43,10 @@ def check_backends(conf: BenchConf, device: torch.device) -> None:
     """Before anything is measured.
 
     Raises:
-        ValueError: a backend that is unknown or cannot run here, and why.
+        ValueError: a backend that is unknown or cannot run here, and why; ``graphs`` without CUDA.
     """
+    if conf.graphs and device.type != "cuda":
+        raise ValueError(f"graphs=true captures CUDA graphs, the device is {device.type}: set graphs=false")
     probe = torch.empty((1, 1, 1, conf.head_dim), dtype=getattr(torch, conf.dtype), device=device)
     for backend in conf.backends:
         choose_backend(backend, probe)
@@ -83,17 +85,22 @@ def _timed(
     def sparse() -> Tensor:
         return sparse_attention(query, key, value, config, backend=backend)
 
+    def prepared(functions: dict[str, Callable[[], Any]]) -> dict[str, Callable[[], object]]:
+        return {name: captured(f, device) for name, f in functions.items()} if conf.graphs else dict(functions)
+
     functions = {**dense, "sparse": sparse}
     with torch.no_grad():
-        forward = compare(functions, conf.rounds, device)
-    both = compare({name: _backward(f, inputs) for name, f in functions.items()}, conf.rounds, device)
+        forward = compare(prepared(functions), conf.rounds, device)
+    both = compare(prepared({name: _backward(f, inputs) for name, f in functions.items()}), conf.rounds, device)
 
     def choose() -> Tensor:
         # With gradients on, as in training, where scoring is compiled.
         partitions = config.geometry.selected_partitions(query.shape[2])
         return select(key, value, config, partitions, query=query)
 
-    row: dict[str, Any] = {"selection": vars(compare({"selection": choose}, conf.rounds, device)["selection"])}
+    row: dict[str, Any] = {
+        "selection": vars(compare(prepared({"selection": choose}), conf.rounds, device)["selection"])
+    }
     for name, times in (("forward", forward), ("forward_backward", both)):
         best = min((n for n in times if n != "sparse"), key=lambda n: times[n].median)
         row[name] = {n: vars(t) for n, t in times.items()}

@@ -61,7 +61,8 @@ def write_reports(reports: Sequence[Report], path: Path, rebuild: str) -> None:
 def _kernels(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], device: str) -> Report:
     """Medians in ms, dense (the fastest kernel there) -> sparse; an implementation that is wrong gets no time."""
     shape = f"batch {config['batch_size']}, {config['query_heads']}/{config['key_value_heads']} heads"
-    title = f"Attention, dense->sparse, {shape}, D {config['head_dim']}, {config['dtype']}, {device}"
+    how = ", CUDA graphs" if config.get("graphs") else ""
+    title = f"Attention, dense->sparse, {shape}, D {config['head_dim']}, {config['dtype']}, {device}{how}"
     columns = [
         "T",
         "scorer",
@@ -72,9 +73,12 @@ def _kernels(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], devic
         "select ms",
         "fwd ms",
         "gain",
+        "of ideal",
         "fwd+bwd ms",
         "gain",
+        "of ideal",
         "ideal",
+        "memory",
     ]
     table = []
     for row in rows:
@@ -87,9 +91,19 @@ def _kernels(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], devic
         cells += [f"{row['error']:.0e}", _ms(row["selection"]["median"]) if "selection" in row else ""]
         for name in ("forward", "forward_backward"):
             dense, sparse = (row[name][kernel]["median"] for kernel in (row[f"{name}_dense"], "sparse"))
-            cells += [f"{_ms(dense)}->{_ms(sparse)}", f"{row[f'{name}_speedup']:.2f}x"]
-        table.append([*cells, f"{row['ideal_speedup']:.2f}x"])
+            gain, ideal = row[f"{name}_speedup"], row["ideal_speedup"]
+            cells += [f"{_ms(dense)}->{_ms(sparse)}", f"{gain:.2f}x", f"{gain / ideal:.2f}"]
+        table.append([*cells, f"{row['ideal_speedup']:.2f}x", _memory(config, row)])
     return Report(title, columns, table)
+
+
+def _memory(config: Mapping[str, Any], row: Mapping[str, Any]) -> str:
+    """Peak of forward+backward beyond dense attention's, in bytes of all keys and values."""
+    if row.get("peak_memory") is None:
+        return "-"
+    size = 4 if config["dtype"] == "float32" else 2
+    both = 2 * config["batch_size"] * config["key_value_heads"] * row["length"] * config["head_dim"] * size
+    return f"{(row['peak_memory'] - row['peak_memory_dense']) / both:+.2f} KV"
 
 
 def _scorer(config: Mapping[str, Any], row: Mapping[str, Any]) -> str:

@@ -35,6 +35,21 @@ def compare(functions: Mapping[str, Callable[[], object]], rounds: int, device: 
     return {name: summary(values) for name, values in samples.items()}
 
 
+def captured(function: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """``function`` as one CUDA graph, after three calls that compile and allocate: a replay launches all its kernels at
+    once, however long Python took to."""
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay
+
+
 def peak_memory(function: Callable[[], object], device: torch.device) -> int | None:
     """Bytes allocated at the peak of one call beyond what was there before; None on the CPU, which keeps no count."""
     if device.type != "cuda":

@@ -6,11 +6,6 @@ itself in a process of its own. Neither works without the package triton, which 
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,10 +13,8 @@ import torch
 from torch import Tensor
 
 from lrsa.attention import decode
+from tests.attention.interpreter import HAS_TRITON, on_gpu, run_in_a_process_of_its_own, skip_without
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
-INTERPRETED = HAS_TRITON and decode.interpreted()
-CUDA = HAS_TRITON and torch.cuda.is_available() and not INTERPRETED
 AWKWARD = [  # B, Hq, H, N, D
     (3, 1, 1, 1, 16),
     (3, 6, 2, 63, 64),
@@ -99,27 +92,13 @@ def test_no_slots_at_all_give_zeros():
 # ---------------------------------------------------------------- the kernel, interpreted
 
 
-@functools.cache
-def interpreter_problem() -> str | None:
-    """Why Triton's interpreter cannot be used here, or None."""
-    if not HAS_TRITON:
-        return "the package triton is not installed (pip install --no-deps triton==3.6.0 into a folder on PYTHONPATH)"
-    if not INTERPRETED:
-        return "TRITON_INTERPRET=1 is not set; test_the_kernel_in_a_process_of_its_own sets it"
-    try:
-        decode.attend(*inputs(1, 1, 1, 1, 16, "all", torch.float32), 1.0, backend="triton")
-    except Exception as error:
-        if "0-dimensional arrays" in str(error):  # triton 3.6 and numpy 2.4 and later
-            return f"this triton's interpreter does not run with this numpy: {error} (numpy 2.3 works)"
-        raise
-    return None
+def small() -> Tensor:
+    return decode.attend(*inputs(1, 1, 1, 1, 16, "all", torch.float32), 1.0, backend="triton")
 
 
 @pytest.fixture
 def interpreter():
-    problem = interpreter_problem()
-    if problem:
-        pytest.skip(f"the decode kernel is NOT tested here: {problem}")
+    skip_without(small)
 
 
 @pytest.mark.parametrize("masks", MASKS)
@@ -155,24 +134,11 @@ def test_interpreted_kernel_reads_views_in_place(interpreter):
     assert_exact(decode.attend(*given, backend="triton"), softmax(*given))
 
 
-@pytest.mark.skipif(INTERPRETED or CUDA, reason="the kernel runs in this process")
 def test_the_kernel_in_a_process_of_its_own():
-    """Triton decides when it is imported whether it interprets."""
-    if not HAS_TRITON:
-        pytest.skip(f"the decode kernel is NOT tested here: {interpreter_problem()}")
-    file = Path(__file__)
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file), "-k", "interpreted"],
-        cwd=file.parents[2], capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "1"},
-    )  # fmt: skip
-    if " passed" not in done.stdout and "NOT tested" in done.stdout:
-        pytest.skip(done.stdout[-500:])
-    assert done.returncode == 0, done.stdout[-5000:]
+    run_in_a_process_of_its_own(Path(__file__))
 
 
 # ---------------------------------------------------------------- the kernel, on a GPU
-
-on_gpu = pytest.mark.skipif(not CUDA, reason="needs CUDA and triton")
 
 
 def assert_low_precision(found: Tensor, plain: Tensor, expected: Tensor) -> None:
@@ -239,7 +205,7 @@ def test_shares_fill_the_device_and_are_never_more_than_there_are_blocks(rows, b
     ids=["dtype", "head-dimension", "group"],
 )
 def test_obstacles_name_the_reason(query, reason, monkeypatch):
-    monkeypatch.setattr(decode, "_has_triton", lambda: True)
+    monkeypatch.setattr(decode, "has_triton", lambda: True)
     monkeypatch.setattr(decode, "interpreted", lambda: True)
     key = query[:, :1]
     assert reason in decode.obstacle(query, key)
@@ -251,10 +217,10 @@ def test_obstacles_name_the_reason(query, reason, monkeypatch):
 def test_an_explicit_kernel_without_triton_or_cuda_says_so(monkeypatch):
     query = torch.zeros(1, 2, 1, 16)
     monkeypatch.setattr(decode, "interpreted", lambda: False)
-    monkeypatch.setattr(decode, "_has_triton", lambda: False)
+    monkeypatch.setattr(decode, "has_triton", lambda: False)
     with pytest.raises(ValueError, match="triton is not installed; use 'sdpa' or 'auto'"):
         decode.attend(query, query, query, None, None, 1.0, backend="triton")
-    monkeypatch.setattr(decode, "_has_triton", lambda: True)
+    monkeypatch.setattr(decode, "has_triton", lambda: True)
     with pytest.raises(ValueError, match="runs on CUDA, the tensors are on cpu"):
         decode.attend(query, query, query, None, None, 1.0, backend="triton")
     with pytest.raises(ValueError, match="'fast' is unknown: choose one of auto, triton, sdpa"):

@@ -77,6 +77,10 @@ class Scorer(ABC):
     proportional: ClassVar[bool] = False
     paper: ClassVar[str] = ""
 
+    def fused(self, key: Tensor, value: Tensor) -> bool:
+        """Whether such keys and values are scored by a kernel, so that nothing is left to compile."""
+        return False
+
     @abstractmethod
     def __call__(self, partitions: Partitions) -> Tensor:
         """``[B, H, P, L]`` float32 scores; the K highest are kept, the earlier position where two are equal."""

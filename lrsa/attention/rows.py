@@ -1,0 +1,124 @@
+"""The rows of keys and values that a block-sparse kernel reads, and their gradients' way back.
+
+Rows are ``[again | sinks | kept | gap | raw | tail]``: the buffer of what is kept begins with the sinks, the raw keys
+follow from a whole block on, and in front, where a backward pass wants them, beginnings of the buffer stand once more.
+Gap and tail are zeros, for a weight of 0 times NaN is NaN.
+
+B batch, H heads, T tokens, D head dimension, N rows, P partitions of L tokens with K kept.
+Fused kernels on CUDA (`rows_kernel`); PyTorch's operators elsewhere, which are the reference.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lrsa.attention import fused
+
+BLOCK = 128  # rows; ``raw_offset``, ``length`` and each of ``again`` are multiples
+
+
+class Plan(NamedTuple):
+    """Where what stands.
+
+    Attributes:
+        tokens: T.
+        sink: S, the first rows of the buffer.
+        lag: L.
+        kept: K.
+        partitions: P, of which K tokens each follow the sinks.
+        raw_offset: of the first raw row, counted from the buffer's first.
+        raw_start: its token.
+        length: N without ``again``.
+        again: how much of the buffer's beginning stands in front of it, piece after piece.
+    """
+
+    tokens: int
+    sink: int
+    lag: int
+    kept: int
+    partitions: int
+    raw_offset: int
+    raw_start: int
+    length: int
+    again: tuple[int, ...] = ()
+
+    @property
+    def used(self) -> int:
+        """Rows of the buffer that hold a token."""
+        return self.sink + self.partitions * self.kept
+
+
+def gather(key: Tensor, value: Tensor, index: Tensor, plan: Plan, gate: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """``[B, H, T, D]`` each, ``index [B, H, P * K]`` ascending -> ``[B, H, sum(again) + N, D]`` each.
+
+    ``gate [B, H, P * K]``: a factor of the kept values.
+    """
+    if gate is None and fused.runs_on(key):
+        from lrsa.attention import rows_kernel  # needs triton
+
+        return rows_kernel.gather(key, value, index, plan)
+    return gather_one(key, index, plan), gather_one(value, index, plan, gate)
+
+
+def scatter(
+    grad_key: Tensor,
+    grad_value: Tensor,
+    key: Tensor,
+    value: Tensor,
+    index: Tensor,
+    plan: Plan,
+    gate: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The gradients of `gather`'s two results -> those of ``key``, ``value`` and ``gate``, in their dtypes.
+
+    What one token has in several rows is added up in float32.
+    """
+    if gate is None and fused.runs_on(grad_key):
+        from lrsa.attention import rows_kernel
+
+        return *rows_kernel.scatter(grad_key, grad_value, key, value, index, plan), None
+    to_key, _ = scatter_one(grad_key, key, index, plan)
+    to_value, to_gate = scatter_one(grad_value, value, index, plan, gate)
+    return to_key, to_value, to_gate
+
+
+def gather_one(x: Tensor, index: Tensor, plan: Plan, gate: Tensor | None = None) -> Tensor:
+    """`gather` of one of them, in PyTorch."""
+    batch, heads, _, dim = x.shape
+    kept, raw = x.gather(2, _expand(index, dim)), x[:, :, plan.raw_start :]
+    if gate is not None:
+        kept = kept * gate[..., None].to(x.dtype)
+    gap = x.new_zeros((batch, heads, plan.raw_offset - plan.used, dim))
+    tail = x.new_zeros((batch, heads, plan.length - plan.raw_offset - raw.shape[2], dim))
+    buffer = [x[:, :, : plan.sink], kept, gap]
+    if plan.again:
+        buffer = [torch.cat(buffer, 2)]
+    return torch.cat([*(buffer[0][:, :, :count] for count in plan.again), *buffer, raw, tail], 2)
+
+
+def scatter_one(
+    grad: Tensor, x: Tensor, index: Tensor, plan: Plan, gate: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """`scatter` of one of them, in PyTorch -> the gradients of ``x`` and of ``gate``."""
+    *pieces, buffer, raw = grad.split([*plan.again, plan.raw_offset, plan.length - plan.raw_offset], 2)
+    wide = torch.promote_types(x.dtype, torch.float32)  # in bfloat16 a key of many pieces would lose the smaller ones
+    buffer = buffer.to(wide, copy=bool(pieces))
+    for piece in pieces:
+        buffer[:, :, : piece.shape[2]] += piece
+    positions, kept = _expand(index, x.shape[3]), buffer[:, :, plan.sink : plan.used]
+    grad_gate = None
+    if gate is not None:
+        grad_gate = (kept * x.gather(2, positions)).sum(-1, dtype=gate.dtype)
+        kept = kept * gate[..., None].to(x.dtype)
+    result = torch.zeros(x.shape, dtype=wide, device=x.device)
+    result[:, :, plan.raw_start :] = raw[:, :, : plan.tokens - plan.raw_start]
+    result[:, :, : plan.sink] += buffer[:, :, : plan.sink]
+    # Kept positions are each there but once, so that nothing is lost or added twice.
+    return result.scatter_(2, positions, result.gather(2, positions) + kept).to(x.dtype), grad_gate
+
+
+def _expand(index: Tensor, dim: int) -> Tensor:
+    return index[..., None].expand(-1, -1, -1, dim)

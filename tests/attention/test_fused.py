@@ -1,0 +1,199 @@
+"""The Triton kernels of the selection and of the rows of keys, against their PyTorch versions.
+
+Without a GPU they run in Triton's interpreter: see `tests.attention.interpreter`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from lrsa.attention import SparseAttentionConfig, kept_tokens, rows, selection
+from lrsa.attention.rows import Plan
+from lrsa.attention.scorers.lag_relative import lag_deviation
+from tests.attention.interpreter import on_gpu, run_in_a_process_of_its_own, skip_without
+
+# Partitions of a power of two and not, of one block of a program and of several, heads that are no power of two
+SHAPES = [(1, 2, 3, 16, 16), (2, 1, 2, 37, 24), (1, 1, 2, 300, 64)]  # B, H, P, L, D
+LARGE = [(2, 3, 31, 128, 64), (1, 2, 5, 1024, 128), (1, 3, 4, 777, 80)]
+PLANS = {  # T, S, L, K, the first raw row's token, again
+    "again": (700, 16, 128, 37, 16, (128, 128)),
+    "raw rows of all tokens": (500, 16, 128, 32, 0, ()),
+    "nothing kept": (600, 0, 64, 0, 0, ()),
+    "more sinks than a block": (560, 150, 64, 30, 150, (256,)),
+    "one token kept": (333, 5, 48, 1, 5, ()),
+}
+
+
+def small() -> Tensor:
+    from lrsa.attention import selection_kernel
+
+    return selection_kernel.best_positions(torch.ones(1, 1, 1, 16), 1, 0)
+
+
+@pytest.fixture
+def interpreter():
+    skip_without(small)
+
+
+def partitions_of(shape: tuple[int, ...], device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Tokens and lags of keys and of values, views of one tensor each as in a model; a channel that is constant."""
+    batch, heads, partitions, length, dim = shape
+    generator = torch.Generator().manual_seed(length)
+    tokens = (partitions + 1) * length + 5
+    key = torch.randn(batch, heads, tokens, dim, generator=generator)
+    value = torch.randn(batch, tokens, heads, dim, generator=generator).transpose(1, 2)
+    key[..., 3] = 0.5
+
+    def cut(x: Tensor, ahead: int) -> Tensor:
+        return x[:, :, ahead * length : (ahead + partitions) * length].unflatten(2, (partitions, length))
+
+    return [cut(x.to(device, dtype), ahead) for x in (key, value) for ahead in (0, 1)]
+
+
+def check_scores(
+    shape: tuple[int, ...], weight: float, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> None:
+    from lrsa.attention import selection_kernel
+
+    key, lag_key, value, lag_value = partitions_of(shape, device, dtype)
+    found = selection_kernel.lag_scores(key, lag_key, value, lag_value, weight)
+    expected = lag_deviation(key.double(), lag_key.double()) + weight * lag_deviation(
+        value.double(), lag_value.double()
+    )
+    torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-9)
+
+
+def check_best(scores: Tensor) -> None:
+    from lrsa.attention import selection_kernel
+
+    length = scores.shape[-1]
+    starts = 7 + torch.arange(scores.shape[-2], device=scores.device)[:, None] * length
+    for count in {1, length // 4, length - 1, length}:
+        expected = (selection.best(scores, count) + starts).flatten(-2)
+        assert torch.equal(selection_kernel.best_positions(scores, count, 7), expected)
+
+
+def scores_of(shape: tuple[int, ...], device: str = "cpu") -> list[Tensor]:
+    plain = torch.randn(shape[:-1], generator=torch.Generator().manual_seed(0)).to(device)
+    tied = (2 * plain).round()
+    tied[..., 2], tied[..., 4], tied[..., 6] = torch.nan, -torch.inf, -0.0
+    return [plain, tied, torch.ones_like(plain), plain.transpose(0, 1)]
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.0, 0.3])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_interpreted_scores(shape, weight, interpreter):
+    check_scores(shape, weight)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_interpreted_best(shape, interpreter):
+    for scores in scores_of(shape):
+        check_best(scores)
+
+
+def rows_case(
+    name: str, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor, Plan]:
+    tokens, sink, lag, kept, raw_start, again = PLANS[name]
+    batch, heads, dim, partitions = 2, 3, 24, (tokens - sink) // lag - 1
+    generator = torch.Generator().manual_seed(tokens)
+    noise = torch.rand(batch, heads, partitions, lag, generator=generator)
+    starts = sink + lag * torch.arange(partitions)[:, None]
+    index = (noise.argsort(-1)[..., :kept].sort(-1).values + starts).flatten(-2)
+    raw_offset = -(-(sink + partitions * kept) // rows.BLOCK) * rows.BLOCK
+    length = raw_offset + -(-(tokens - raw_start) // rows.BLOCK) * rows.BLOCK
+    plan = Plan(tokens, sink, lag, kept, partitions, raw_offset, raw_start, length, again)
+    key = torch.randn(batch, tokens, heads, dim, generator=generator).to(device, dtype).transpose(1, 2)
+    value = torch.randn(batch, heads, tokens, dim, generator=generator).to(device, dtype)
+    return key, value, index.to(device), plan
+
+
+def check_rows(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+    """Rows to the bit; their gradients as float64 has them, rounded once."""
+    from lrsa.attention import rows_kernel
+
+    key, value, index, plan = rows_case(name, device, dtype)
+    made = rows_kernel.gather(key, value, index, plan)
+    for found, x in zip(made, (key, value), strict=True):
+        assert torch.equal(found, rows.gather_one(x, index, plan))
+    gradients = [torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(device, dtype) for x in made]
+    back = rows_kernel.scatter(*gradients, key, value, index, plan)
+    for found, grad, x in zip(back, gradients, (key, value), strict=True):
+        expected, _ = rows.scatter_one(grad.double(), x.double(), index, plan)
+        assert found.stride() == x.stride()
+        tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-2}
+        torch.testing.assert_close(found.double(), expected, **tolerance)
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_interpreted_rows(name, interpreter):
+    check_rows(name)
+
+
+def test_the_kernels_in_a_process_of_their_own():
+    run_in_a_process_of_its_own(Path(__file__))
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_the_way_back_is_the_gradient_of_the_way_there(name):
+    """The PyTorch versions, by which the kernels are judged: against autograd's own gradient."""
+    key, value, index, plan = rows_case(name, dtype=torch.float64)
+    gate = torch.rand(index.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    leaves = [x.clone().requires_grad_() for x in (key, value, gate)]
+    made = rows.gather(leaves[0], leaves[1], index, plan, leaves[2])
+    gradients = [torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(1)) for x in made]
+    expected = torch.autograd.grad(made, leaves, gradients)
+    for found, exact in zip(rows.scatter(*gradients, key, value, index, plan, gate), expected, strict=True):
+        torch.testing.assert_close(found, exact)
+
+
+# ---------------------------------------------------------------- on a GPU
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, *LARGE], ids=str)
+def test_scores_on_a_gpu(shape, dtype):
+    for weight in (1.0, 0.0, 0.3):
+        check_scores(shape, weight, "cuda", dtype)
+
+
+@on_gpu
+@pytest.mark.parametrize("shape", [*SHAPES, *LARGE], ids=str)
+def test_best_on_a_gpu(shape):
+    for scores in scores_of(shape, "cuda"):
+        check_best(scores)
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", PLANS)
+def test_rows_on_a_gpu(name, dtype):
+    check_rows(name, "cuda", dtype)
+
+
+@on_gpu
+def test_a_partition_is_ranked_alike_whatever_stands_beside_it():
+    """Read whole, in blocks and token by token a prompt keeps the same tokens, to the bit."""
+    config = SparseAttentionConfig(sink_size=4, lag_size=64)
+    key, value = (torch.randn(2, 3, 700, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    whole = selection.select(key, value, config, 9)
+    for first in range(9):
+        origin = config.geometry.raw_start(first)
+        k, v = (x[:, :, origin : origin + 128].contiguous() for x in (key, value))
+        alone = selection.select(k, v, config, 1, first=first, origin=origin)
+        assert torch.equal(alone, whole[..., first * 16 : first * 16 + 16])
+
+
+@on_gpu
+def test_what_is_kept_is_what_pytorch_keeps():
+    config = SparseAttentionConfig(sink_size=16, lag_size=128)
+    key, value = (torch.randn(2, 3, 4096, 64, device="cuda") for _ in range(2))
+    kept = kept_tokens(key, value, config)
+    exact = kept_tokens(key.cpu().double(), value.cpu().double(), config)
+    assert (kept.cpu() != exact).float().mean() < 1e-4, "near ties alone"
