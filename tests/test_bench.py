@@ -20,10 +20,11 @@ from omegaconf import OmegaConf
 from lrsa import bench
 from lrsa.attention import SparseAttentionConfig, decode, flash4
 from lrsa.benchmark import dense, engines, filled, generate, kernels, peers
-from lrsa.benchmark.report import report
+from lrsa.benchmark.report import of_records, report
 from lrsa.benchmark.timing import compare
 from lrsa.config import BenchConf, config_dir
 from lrsa.models import build_model
+from lrsa.training import compiling
 
 TINY = ["lengths=[200]", "lags=[16]", "sink_size=4", "head_dim=16", "query_heads=4", "key_value_heads=2", "rounds=2"]
 
@@ -123,8 +124,14 @@ def test_the_gate_passes_every_backend_of_a_cpu(dtype: str, tmp_path: Path) -> N
         assert error <= allowed, backend
 
 
-def test_a_training_step_is_compared_with_the_dense_one(tmp_path: Path) -> None:
-    record = bench.run(configured(tmp_path, "mode=step", "model=tiny_random", "backends=[gather]"))
+@pytest.mark.parametrize("compiled", [False, True], ids=["", "compiled"])
+def test_a_training_step_is_compared_with_the_dense_one(
+    compiled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiling, "BACKEND", "aot_eager")  # no C++ compiler
+    settings = "mode=step", "model=tiny_random", "backends=[gather]", f"compile={compiled}"
+    record = bench.run(configured(tmp_path, *settings))
+    assert ("compiled layers" in of_records([record])[0].title) == compiled
     (row,) = record.metrics["rows"]
     times = {name: row["step"][name]["median"] for name in ("dense", "sparse")}
     assert row["step_ratio"] == pytest.approx(times["sparse"] / times["dense"])

@@ -104,7 +104,8 @@ def _ms(value: float) -> str:
 def _step(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], device: str) -> Report:
     """A training step: ms, tokens a second, peak memory."""
     name = config["model"]["name"]
-    title = f"Training step, dense -> sparse, {name}, batch {config['batch_size']}, {config['dtype']}, {device}"
+    layers = ", compiled layers" if config.get("compile") else ""  # records until 2026-11-22 do not say
+    title = f"Training step, dense -> sparse, {name}, batch {config['batch_size']}, {config['dtype']}{layers}, {device}"
     table = []
     for row in rows:
         ms = [row["step"][kind]["median"] for kind in ("dense", "sparse")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ from lrsa.benchmark.cases import cases
 from lrsa.benchmark.timing import compare, peak_memory
 from lrsa.config import BenchConf
 from lrsa.models import build_model, set_attention, target_logits
+from lrsa.training.compiling import compiled_layers
 
 
 def run(conf: BenchConf, device: torch.device) -> Iterator[dict[str, Any]]:
@@ -20,22 +22,23 @@ def run(conf: BenchConf, device: torch.device) -> Iterator[dict[str, Any]]:
     chosen = cases(conf)
     model = build_model(conf.model, None).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=device.type == "cuda" or None)
-    for length in conf.lengths:
-        batch = _batch(conf, length, model.config.vocab_size, device)
-        for sparse, compression in chosen:
-            steps = {
-                "dense": _step(conf, model, None, optimizer, batch, device),
-                "sparse": _step(conf, model, sparse, optimizer, batch, device),
-            }
-            times = compare(steps, conf.rounds, device)
-            tokens = conf.batch_size * length
-            row: dict[str, Any] = {"length": length, "scorer": sparse.scorer, "lag": sparse.lag_size}
-            row |= {"compression": compression, "batch_size": conf.batch_size}
-            row["step"] = {name: vars(t) for name, t in times.items()}
-            row["step_ratio"] = times["sparse"].median / times["dense"].median
-            row["tokens_per_second"] = {name: 1e3 * tokens / t.median for name, t in times.items()}
-            row["peak_memory"] = {name: peak_memory(step, device) for name, step in steps.items()}
-            yield row
+    with compiled_layers(model) if conf.compile else contextlib.nullcontext():
+        for length in conf.lengths:
+            batch = _batch(conf, length, model.config.vocab_size, device)
+            for sparse, compression in chosen:
+                steps = {
+                    "dense": _step(conf, model, None, optimizer, batch, device),
+                    "sparse": _step(conf, model, sparse, optimizer, batch, device),
+                }
+                times = compare(steps, conf.rounds, device)
+                tokens = conf.batch_size * length
+                row: dict[str, Any] = {"length": length, "scorer": sparse.scorer, "lag": sparse.lag_size}
+                row |= {"compression": compression, "batch_size": conf.batch_size}
+                row["step"] = {name: vars(t) for name, t in times.items()}
+                row["step_ratio"] = times["sparse"].median / times["dense"].median
+                row["tokens_per_second"] = {name: 1e3 * tokens / t.median for name, t in times.items()}
+                row["peak_memory"] = {name: peak_memory(step, device) for name, step in steps.items()}
+                yield row
 
 
 def _batch(conf: BenchConf, length: int, vocabulary: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
