@@ -138,6 +138,7 @@ class TrainerConf:
     log_every: int = 10
     checkpoint_every: int = 100  # optimiser steps
     save_model: bool = True  # write <run>/model as safetensors at the end
+    compile: bool = False  # decoder layers as fused kernels while they train; a resumed run may change it
     progress: bool = True
 
 
@@ -337,6 +338,7 @@ class BenchConf:
     head_dim: int = 64
     rounds: int = 5
     graphs: bool = False  # mode=kernels: replay CUDA graphs, so that no time is Python's; what a short length is worth
+    compile: bool = False  # of mode=step: decoder layers as trainer.compile=true trains them
     # of mode=generate: dense, lrsa (at each of `compressions`), kvpress/<Press> (likewise)
     engines: list[str] = field(default_factory=lambda: ["dense", "lrsa"])
     decode_steps: int = 256  # of mode=generate, at least; whole chunks are timed

@@ -20,10 +20,11 @@ from omegaconf import OmegaConf
 from lrsa import bench
 from lrsa.attention import SparseAttentionConfig, decode, flash4
 from lrsa.benchmark import dense, engines, filled, generate, kernels, peers
-from lrsa.benchmark.report import report
+from lrsa.benchmark.report import of_records, report
 from lrsa.benchmark.timing import compare
 from lrsa.config import BenchConf, config_dir
 from lrsa.models import build_model
+from lrsa.training import compiling
 
 TINY = ["lengths=[200]", "lags=[16]", "sink_size=4", "head_dim=16", "query_heads=4", "key_value_heads=2", "rounds=2"]
 
@@ -63,15 +64,15 @@ def test_a_backend_that_cannot_run_here_is_refused_before_anything_is_measured(b
 
 def test_flash_attn_4_is_a_rival_where_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a stand-in for a GPU: its dense kernel is timed beside PyTorch's, and the row names the fastest."""
-    cpu = kernels._inputs(configured(tmp_path), 40, torch.device("cpu"))
+    cpu = kernels.make_inputs(configured(tmp_path), 40, torch.device("cpu"))
     called = []
     stand_in = types.SimpleNamespace(attend_causally=lambda *x: called.append(len(x)) or x[0])
     monkeypatch.setattr(flash4, "obstacle", lambda query: None)
     monkeypatch.setattr(flash4, "kernels", lambda: stand_in)
     query = types.SimpleNamespace(device=torch.device("cuda"))
-    monkeypatch.setattr(kernels, "_dense", lambda inputs, backend: lambda: cpu[0].sum())
-    monkeypatch.setattr(kernels, "_backward", lambda function, inputs: function)
-    found = kernels._dense_kernels((query, *cpu[1:]))
+    monkeypatch.setattr(kernels, "dense_attention", lambda inputs, backend: lambda: cpu[0].sum())
+    monkeypatch.setattr(kernels, "with_backward", lambda function, inputs: function)
+    found = kernels.dense_kernels((query, *cpu[1:]))
     assert sorted(found) == ["cudnn", "flash", "flash4"]
     found["flash4"]()
     assert called == [3]
@@ -95,7 +96,7 @@ def test_a_wrong_kernel_gets_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("lag", [16, 1024])
 def test_the_gate_compresses_something(lag: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = []
-    monkeypatch.setattr(kernels, "_inputs", lambda conf, length, device: lengths.append(length) or 1 / 0)
+    monkeypatch.setattr(kernels, "make_inputs", lambda conf, length, device: lengths.append(length) or 1 / 0)
     config = SparseAttentionConfig(lag_size=lag)
     with pytest.raises(ZeroDivisionError):
         kernels.gate(configured(tmp_path), config, "gather", torch.device("cpu"))
@@ -123,11 +124,22 @@ def test_the_gate_passes_every_backend_of_a_cpu(dtype: str, tmp_path: Path) -> N
         assert error <= allowed, backend
 
 
-def test_a_training_step_is_compared_with_the_dense_one(tmp_path: Path) -> None:
-    record = bench.run(configured(tmp_path, "mode=step", "model=tiny_random", "backends=[gather]"))
+@pytest.mark.parametrize("compiled", [False, True], ids=["", "compiled"])
+def test_a_training_step_is_compared_with_the_dense_one(
+    compiled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiling, "BACKEND", "aot_eager")  # no C++ compiler
+    settings = "mode=step", "model=tiny_random", "backends=[gather]", f"compile={compiled}"
+    record = bench.run(configured(tmp_path, *settings))
+    assert ("compiled layers" in of_records([record])[0].title) == compiled
     (row,) = record.metrics["rows"]
     times = {name: row["step"][name]["median"] for name in ("dense", "sparse")}
     assert row["step_ratio"] == pytest.approx(times["sparse"] / times["dense"])
+    attention = {name: row["attention"][name]["median"] for name in ("dense", "sparse")}
+    layers = 2
+    assert row["attention_share"] == pytest.approx(layers * attention["dense"] / times["dense"])
+    saved = layers * (attention["dense"] - attention["sparse"])
+    assert row["predicted_step_ratio"] == pytest.approx(1 - saved / times["dense"])
 
 
 GENERATE = ["mode=generate", "model=tiny_random", "lengths=[120]", "decode_steps=8", "compressions=[4]"]

@@ -35,6 +35,8 @@ _UNSUPPORTED = {
 }
 
 
+# A compiled layer (`trainer.compile`) runs what is before and after as its own kernels, and this as it is.
+@torch.compiler.disable(reason="sparse attention looks into masks and caches, and has kernels of its own")
 def attention(
     module: nn.Module,
     query: Tensor,

@@ -26,8 +26,8 @@ def run(conf: BenchConf, device: torch.device) -> Iterator[dict[str, Any]]:
     """One row a scorer, geometry and backend: times in ms, speed-up over dense, the ideal one by attended pairs."""
     chosen = cases(conf)
     for length in conf.lengths:
-        inputs = _inputs(conf, length, device)
-        dense = _dense_kernels(inputs)
+        inputs = make_inputs(conf, length, device)
+        dense = dense_kernels(inputs)
         for config, compression in chosen:
             for backend in conf.backends:
                 error, allowed = gate(conf, config, backend, device)
@@ -61,7 +61,7 @@ def gate(conf: BenchConf, config: SparseAttentionConfig, backend: str, device: t
     geometry = config.geometry
     # Three partitions are compressed at the end, or as many as the usual length has room for; never none.
     length = min(max(GATE_LENGTH, geometry.first_chunk + geometry.lag + 37), 4 * geometry.lag + geometry.sink + 37)
-    inputs = _inputs(replace(conf, batch_size=1), length, device)
+    inputs = make_inputs(replace(conf, batch_size=1), length, device)
     kept = kept_tokens(inputs[1], inputs[2], config, query=inputs[0])
     exact = _gradients(tuple(x.double() for x in inputs), config, kept, "reference")
     plain = _gradients(inputs, config, kept, "reference")
@@ -91,7 +91,7 @@ def _timed(
     functions = {**dense, "sparse": sparse}
     with torch.no_grad():
         forward = compare(prepared(functions), conf.rounds, device)
-    both = compare(prepared({name: _backward(f, inputs) for name, f in functions.items()}), conf.rounds, device)
+    both = compare(prepared({name: with_backward(f, inputs) for name, f in functions.items()}), conf.rounds, device)
 
     def choose() -> Tensor:
         # With gradients on, as in training, where scoring is compiled.
@@ -108,12 +108,12 @@ def _timed(
         row[f"{name}_speedup"] = times[best].median / times["sparse"].median
     tokens = inputs[0].shape[2]
     row["ideal_speedup"] = tokens * (tokens + 1) / 2 / config.geometry.pairs(tokens)
-    row["peak_memory"] = peak_memory(_backward(sparse, inputs), device)
-    row["peak_memory_dense"] = peak_memory(_backward(dense[row["forward_backward_dense"]], inputs), device)
+    row["peak_memory"] = peak_memory(with_backward(sparse, inputs), device)
+    row["peak_memory_dense"] = peak_memory(with_backward(dense[row["forward_backward_dense"]], inputs), device)
     return row
 
 
-def _inputs(conf: BenchConf, length: int, device: torch.device) -> tuple[Tensor, ...]:
+def make_inputs(conf: BenchConf, length: int, device: torch.device) -> tuple[Tensor, ...]:
     """Query, key, value and the output's gradient, from a seed."""
     generator = torch.Generator().manual_seed(conf.run.seed)
     heads = (conf.query_heads, conf.key_value_heads, conf.key_value_heads, conf.query_heads)
@@ -123,23 +123,24 @@ def _inputs(conf: BenchConf, length: int, device: torch.device) -> tuple[Tensor,
     return (*(x.requires_grad_() for x in made[:3]), made[3])
 
 
-def _dense_kernels(inputs: tuple[Tensor, ...]) -> dict[str, Callable[[], Tensor]]:
+def dense_kernels(inputs: tuple[Tensor, ...]) -> dict[str, Callable[[], Tensor]]:
     """Every dense kernel that runs here; the row names the fastest."""
     if inputs[0].device.type != "cuda":
-        return {"sdpa": _dense(inputs, None)}
+        return {"sdpa": dense_attention(inputs)}
     found: dict[str, Callable[[], Tensor]] = {}
     for name, backend in (("cudnn", SDPBackend.CUDNN_ATTENTION), ("flash", SDPBackend.FLASH_ATTENTION)):
         try:
-            _backward(_dense(inputs, backend), inputs)()
-            found[name] = _dense(inputs, backend)
+            with_backward(dense_attention(inputs, backend), inputs)()
+            found[name] = dense_attention(inputs, backend)
         except RuntimeError:  # not built in, or not for this shape and dtype
             continue
     if flash4.obstacle(inputs[0]) is None:
         found["flash4"] = lambda: flash4.kernels().attend_causally(*inputs[:3])
-    return found or {"sdpa": _dense(inputs, None)}
+    return found or {"sdpa": dense_attention(inputs)}
 
 
-def _dense(inputs: tuple[Tensor, ...], backend: SDPBackend | None) -> Callable[[], Tensor]:
+def dense_attention(inputs: tuple[Tensor, ...], backend: SDPBackend | None = None) -> Callable[[], Tensor]:
+    """Causal attention by that kernel of PyTorch; None: by the one it chooses."""
     query, key, value = inputs[:3]
 
     def attend() -> Tensor:
@@ -152,7 +153,7 @@ def _dense(inputs: tuple[Tensor, ...], backend: SDPBackend | None) -> Callable[[
     return attend
 
 
-def _backward(function: Callable[[], Tensor], inputs: tuple[Tensor, ...]) -> Callable[[], object]:
+def with_backward(function: Callable[[], Tensor], inputs: tuple[Tensor, ...]) -> Callable[[], object]:
     return lambda: torch.autograd.grad(function(), inputs[:3], inputs[3])
 
 

@@ -116,9 +116,10 @@ def _ms(value: float) -> str:
 
 
 def _step(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], device: str) -> Report:
-    """A training step: ms, tokens a second, peak memory."""
+    """A training step: ms, tokens a second, peak memory; attention's share of the dense one, and what it predicts."""
     name = config["model"]["name"]
-    title = f"Training step, dense -> sparse, {name}, batch {config['batch_size']}, {config['dtype']}, {device}"
+    layers = ", compiled layers" if config.get("compile") else ""  # records until 2026-11-22 do not say
+    title = f"Training step, dense -> sparse, {name}, batch {config['batch_size']}, {config['dtype']}{layers}, {device}"
     table = []
     for row in rows:
         ms = [row["step"][kind]["median"] for kind in ("dense", "sparse")]
@@ -133,11 +134,25 @@ def _step(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], device: 
                 f"1/{row['compression']:g}",
                 f"{ms[0]:.1f} -> {ms[1]:.1f}",
                 f"{row['step_ratio']:.2f}",
+                f"{row['predicted_step_ratio']:.2f}" if "attention" in row else "",
+                f"{row['attention_share']:.0%}" if "attention" in row else "",
                 f"{speed[0]:,.0f} -> {speed[1]:,.0f}",
                 peak,
             ]
         )
-    return Report(title, ["T", "scorer", "L", "keep", "ms a step", "sparse / dense", "tokens/s", "peak GiB"], table)
+    columns = [
+        "T",
+        "scorer",
+        "L",
+        "keep",
+        "ms a step",
+        "sparse / dense",
+        "predicted",
+        "attention",
+        "tokens/s",
+        "peak GiB",
+    ]
+    return Report(title, columns, table)
 
 
 def _generate(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], device: str) -> Report:

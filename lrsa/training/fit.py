@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import warnings
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from rich.console import Console
 from lrsa.config import TrainerConf
 from lrsa.training.callbacks import StepMeter, TrainingProgress
 from lrsa.training.checkpoint import LAST, LastCheckpoint
+from lrsa.training.compiling import compiled_layers
 from lrsa.training.module import NonFiniteLoss, PostTraining
 from lrsa.training.sharded import is_first_process, make_strategy
 
@@ -100,7 +102,8 @@ def fit(
         default_root_dir=str(folder),
     )
     try:
-        with warnings.catch_warnings():
+        compiled = compiled_layers(module.model) if conf.compile else contextlib.nullcontext()
+        with warnings.catch_warnings(), compiled:
             # Batches are built in the main process on purpose: samples are cached, and workers fork the tokenizer.
             warnings.filterwarnings("ignore", message=".*does not have many workers.*")
             warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")  # inside Lightning

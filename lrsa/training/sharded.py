@@ -17,7 +17,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from transformers.modeling_layers import GradientCheckpointingLayer
+
+from lrsa.training.compiling import decoder_layers
 
 FSDP = "fsdp"
 
@@ -48,7 +49,7 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> None:
 
     Raises ValueError for a model without transformers' decoder layers.
     """
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers = decoder_layers(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no decoder layers that trainer.strategy=fsdp could share out")
     for layer in layers:

@@ -24,14 +24,14 @@ def make_model() -> Callable[[], PreTrainedModel]:
     """Two-layer Llama, 2 KV heads for 4 query heads; the same weights at every call; `options` of
     `load_model`."""
 
-    def make(hidden_size: int = 32, **options: Any) -> PreTrainedModel:
+    def make(hidden_size: int = 32, num_hidden_layers: int = 2, **options: Any) -> PreTrainedModel:
         torch.manual_seed(0)
         config = {
             "model_type": "llama",
             "vocab_size": VOCABULARY,
             "hidden_size": hidden_size,
             "intermediate_size": 48,
-            "num_hidden_layers": 2,
+            "num_hidden_layers": num_hidden_layers,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "max_position_embeddings": 128,

@@ -1,0 +1,49 @@
+"""`trainer.compile`: a model's decoder layers as fused kernels while it trains (torch.compile).
+
+Layer by layer: all layers share one compilation, which takes seconds where a whole model takes minutes. Only while it
+trains: an evaluation reads prompts of all lengths, and each would be compiled anew. Parameters, their names and the
+layers themselves stay what they are, so that checkpoints know nothing of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+# A variant for each attention that steps draw, with and without gradient (a teacher), and for the pieces around a graph
+# break: more than PyTorch's 8, past which it goes on uncompiled.
+RECOMPILE_LIMIT = 256
+BACKEND = "inductor"  # torch.compile's own
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """transformers' decoder layers, in order of depth."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+@contextlib.contextmanager
+def compiled_layers(model: nn.Module) -> Iterator[None]:
+    """Inside, the decoder layers of `model` run compiled, for one shape each of batch and length.
+
+    Raises:
+        ValueError: a model without transformers' decoder layers.
+        torch._dynamo.exc.FailOnRecompileLimitHit: inside, where `RECOMPILE_LIMIT` variants were compiled and another is
+            asked for, instead of going on slowly without a word.
+    """
+    layers = decoder_layers(model)
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no decoder layers that trainer.compile=true could compile")
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, RECOMPILE_LIMIT)  # for good, as FlexAttention's users need it
+    for layer in layers:
+        layer.compile(backend=BACKEND, dynamic=False)
+    try:
+        with config.patch(fail_on_recompile_limit_hit=True):
+            yield
+    finally:
+        for layer in layers:
+            layer._compiled_call_impl = None
