@@ -62,6 +62,16 @@ def noisy_selection(scale: float, seed: int) -> Iterator[None]:
         _ACTIVE.remove(noise)
 
 
+def active() -> bool:
+    """Whether a selection would be made with noise now."""
+    return bool(_ACTIVE)
+
+
+def blind() -> bool:
+    """Whether what is kept does not depend on the scores now, which need not be computed."""
+    return active() and math.isinf(_ACTIVE[-1].scale)
+
+
 def perturbed(scores: Tensor, scorer: Scorer) -> Tensor:
     """Called by the selection: ``scores [..., L]`` float32 as they are ranked, with noise inside `noisy_selection`."""
     return _ACTIVE[-1](scores, scorer) if _ACTIVE else scores

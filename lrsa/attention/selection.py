@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lrsa.attention import fused
+from lrsa.attention import fused, noise
 from lrsa.attention.config import SparseAttentionConfig
 from lrsa.attention.layout import Geometry
 from lrsa.attention.noise import perturbed
@@ -104,13 +104,18 @@ def _select(
     scale: float,
 ) -> Tensor:
     geometry, scorer = _parse(config)
-    query = query if scorer.reads_query else None
-    with torch.autocast(key.device.type, enabled=False):  # scores are float32 whatever the model computes in
-        score = scoring(key, value, scorer)
-        scores = perturbed(
-            score(scorer, key, value, query, geometry, partitions, first, origin, layer_idx, scale), scorer
-        )
-    return best_positions(scores, geometry.kept, geometry.raw_start(first))
+    position = geometry.raw_start(first)
+    if not noise.active():
+        kept = scorer.best(key, value, geometry.lag, partitions, position - origin, geometry.kept, position)
+        if kept is not None:
+            return kept
+    if noise.blind():
+        scores = key.new_empty((*key.shape[:2], partitions, geometry.lag), dtype=torch.float32)
+    else:
+        query = query if scorer.reads_query else None
+        with torch.autocast(key.device.type, enabled=False):  # scores are float32 whatever the model computes in
+            scores = scoring(key)(scorer, key, value, query, geometry, partitions, first, origin, layer_idx, scale)
+    return best_positions(perturbed(scores, scorer), geometry.kept, position)
 
 
 @functools.lru_cache(maxsize=64)
@@ -119,24 +124,24 @@ def _parse(config: str) -> tuple[Geometry, Scorer]:
     return parsed.geometry, parsed.build_scorer()
 
 
-def scoring(key: Tensor, value: Tensor, scorer: Scorer) -> Callable[..., Tensor]:
+def scoring(key: Tensor) -> Callable[..., Tensor]:
     """The function that scores keys on this device."""
     # Compiled only to train, whose steps are all alike. Without gradients the same function ranks a prompt whole, in
     # blocks and token by token: compiled code rounds otherwise, and a near tie would fall otherwise.
-    return _compiled() if key.is_cuda and torch.is_grad_enabled() and not scorer.fused(key, value) else _score
+    return _compiled() if key.is_cuda and torch.is_grad_enabled() else _score
 
 
-def best_positions(scores: Tensor, count: int, begin: int) -> Tensor:
+def best_positions(scores: Tensor, count: int, position: int) -> Tensor:
     """Positions of the ``count`` highest scores of each partition, ascending: int64 ``[B, H, P * count]``.
 
-    ``scores`` float32 ``[B, H, P, L]``; ``begin``: position of the first one's token.
+    ``scores`` float32 ``[B, H, P, L]``; ``position``: of the first one's token.
     """
     length = scores.shape[-1]
     if fused.runs_on(scores) and scores.dtype == torch.float32 and length <= fused.LONGEST_PARTITION:
         from lrsa.attention import selection_kernel  # needs triton
 
-        return selection_kernel.best_positions(scores, count, begin)
-    starts = torch.arange(begin, begin + scores.shape[-2] * length, length, device=scores.device)
+        return selection_kernel.best_positions(scores, count, position)
+    starts = torch.arange(position, position + scores.shape[-2] * length, length, device=scores.device)
     return (best(scores, count) + starts[:, None]).flatten(-2)
 
 

@@ -1,7 +1,7 @@
-"""The selection in two Triton kernels: LagKV's scores, and the K best of each partition.
+"""The selection in three Triton kernels: LagKV's ranges and deviations, and the K best of each partition.
 
-One program a partition, which computes the same whatever stands beside it: a prompt read whole, in blocks or token by
-token keeps the same tokens. The PyTorch versions (`scorers.lag_relative`, `selection.best`) are the reference.
+What one program computes depends on its own partition and lag alone: a prompt read whole, in blocks or token by token
+keeps the same tokens. The PyTorch versions (`scorers.lag_relative`, `selection.best`) are the reference.
 
 B batch, H heads, P partitions, L tokens of a partition and of its lag, D head dimension, K kept.
 Imported where `fused.runs_on` says so, for it needs the package triton.
@@ -16,177 +16,203 @@ from torch import Tensor
 
 from lrsa.attention import fused
 
-TILE = 8192  # float32 numbers that a program holds at once
+TILE = 8192  # numbers that a program of the ranges holds at once; one of the deviations, half of it
 
 
-@triton.jit
-def _shares(  # type: ignore[no-untyped-def]
-    x_ptr,
-    lag_ptr,
-    x_token,
-    lag_token,
-    LENGTH: tl.constexpr,
-    DIM: tl.constexpr,
-    DIM_TILE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCKS: tl.constexpr,
-):
-    """Softmax over the tokens of how far each deviates over its channels, scaled by the lag's range: a number a token,
-    ``[BLOCKS, BLOCK]``, zeros beyond the last."""
-    row = tl.arange(0, BLOCK)
-    dim = tl.arange(0, DIM_TILE)
-    low = tl.full([DIM_TILE], float("inf"), tl.float32)
-    high = tl.full([DIM_TILE], -float("inf"), tl.float32)
-    for start in tl.range(0, LENGTH, BLOCK):
-        token = start + row
-        inside = (token < LENGTH)[:, None] & (dim < DIM)[None, :]
-        x = tl.load(lag_ptr + token[:, None] * lag_token + dim[None, :], mask=inside, other=0.0).to(tl.float32)
-        low = tl.minimum(low, tl.min(tl.where(inside, x, float("inf")), 0))
-        high = tl.maximum(high, tl.max(tl.where(inside, x, -float("inf")), 0))
-    ranges = high > low  # false where the lag is constant, and beyond D
-    factor = tl.where(ranges, 1.0 / tl.where(ranges, high - low, 1.0), 0.0)
-    shift = tl.where(ranges, low, 0.0)
-
-    found = tl.full([BLOCKS, BLOCK], -float("inf"), tl.float32)
-    block = tl.arange(0, BLOCKS)
-    for start in tl.range(0, LENGTH, BLOCK):
-        token = start + row
-        inside = (token < LENGTH)[:, None] & (dim < DIM)[None, :]
-        x = tl.load(x_ptr + token[:, None] * x_token + dim[None, :], mask=inside, other=0.0).to(tl.float32)
-        scaled = (x - shift[None, :]) * factor[None, :]
-        off = tl.where(inside, scaled - (tl.sum(scaled, 1) / DIM)[:, None], 0.0)
-        deviation = tl.sqrt(tl.sum(off * off, 1) / (DIM - 1))
-        deviation = tl.where(token < LENGTH, deviation, -float("inf"))
-        found = tl.where(block[:, None] == start // BLOCK, deviation[None, :], found)
-    weight = tl.exp(found - tl.max(found))
-    return weight / tl.sum(weight)
-
-
-@triton.jit(do_not_specialize=["partitions", "value_weight"])
-def _score_partition(  # type: ignore[no-untyped-def]
+@triton.jit(do_not_specialize=["partitions", "begin"])
+def _range_of_lag(  # type: ignore[no-untyped-def]
     key_ptr,
-    lag_key_ptr,
     value_ptr,
-    lag_value_ptr,
-    out_ptr,  # float32 [B, H, P, L]
+    out_ptr,  # float32 [2, B, H, P, 2, D]: of keys and values, the least of the lag and 1 / (most - least), or 0 and 0
     partitions,
-    value_weight,
+    begin,  # token of the first partition
     key_batch,
     key_head,
-    key_partition,
     key_token,
-    lag_key_batch,
-    lag_key_head,
-    lag_key_partition,
-    lag_key_token,
     value_batch,
     value_head,
-    value_partition,
     value_token,
-    lag_value_batch,
-    lag_value_head,
-    lag_value_partition,
-    lag_value_token,
     HEADS: tl.constexpr,
     LENGTH: tl.constexpr,
     DIM: tl.constexpr,
     DIM_TILE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    WITH_VALUES: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)  # of B * H * P
-    partition = program % partitions
-    batch = program // partitions // HEADS
-    head = program // partitions % HEADS
-    score = _shares(
-        key_ptr + batch * key_batch + head * key_head + partition * key_partition,
-        lag_key_ptr + batch * lag_key_batch + head * lag_key_head + partition * lag_key_partition,
-        key_token, lag_key_token, LENGTH, DIM, DIM_TILE, BLOCK, BLOCKS,
-    )  # fmt: skip
-    if WITH_VALUES:
-        score += value_weight * _shares(
-            value_ptr + batch * value_batch + head * value_head + partition * value_partition,
-            lag_value_ptr + batch * lag_value_batch + head * lag_value_head + partition * lag_value_partition,
-            value_token, lag_value_token, LENGTH, DIM, DIM_TILE, BLOCK, BLOCKS,
-        )  # fmt: skip
-    token = tl.arange(0, BLOCKS)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    tl.store(out_ptr + program * LENGTH + token, score, mask=token < LENGTH)
+    of_values = tl.program_id(1)
+    batch, head = program // partitions // HEADS, program // partitions % HEADS
+    first = begin + (program % partitions + 1) * LENGTH
+    if of_values == 0:
+        base, stride = key_ptr + batch * key_batch + head * key_head + first * key_token, key_token
+    else:
+        base, stride = value_ptr + batch * value_batch + head * value_head + first * value_token, value_token
+    row, dim = tl.arange(0, ROWS), tl.arange(0, DIM_TILE)
+    low = tl.full([ROWS, DIM_TILE], float("inf"), tl.float32)
+    high = tl.full([ROWS, DIM_TILE], -float("inf"), tl.float32)
+    for start in tl.range(0, LENGTH, ROWS):
+        inside = (start + row < LENGTH)[:, None] & (dim < DIM)[None, :]
+        at = base + (start + row)[:, None] * stride + dim[None, :]
+        x = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        low = tl.minimum(low, tl.where(inside, x, float("inf")))
+        high = tl.maximum(high, tl.where(inside, x, -float("inf")))
+    least, most = tl.min(low, 0), tl.max(high, 0)
+    ranges = most > least  # not where the lag is constant
+    to = out_ptr + ((of_values * tl.num_programs(0) + program) * 2) * DIM + dim
+    tl.store(to, tl.where(ranges, least, 0.0), mask=dim < DIM)
+    tl.store(to + DIM, tl.where(ranges, 1.0 / tl.where(ranges, most - least, 1.0), 0.0), mask=dim < DIM)
+
+
+@triton.jit(do_not_specialize=["partitions", "begin"])
+def _deviation(  # type: ignore[no-untyped-def]
+    key_ptr,
+    value_ptr,
+    range_ptr,
+    out_ptr,  # float32 [2, B, H, P, L]
+    partitions,
+    begin,
+    key_batch,
+    key_head,
+    key_token,
+    value_batch,
+    value_head,
+    value_token,
+    HEADS: tl.constexpr,
+    LENGTH: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_TILE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCKS: tl.constexpr,  # of a partition
+):
+    program = (tl.program_id(0) // BLOCKS).to(tl.int64)  # of B * H * P
+    token = tl.program_id(0) % BLOCKS * ROWS + tl.arange(0, ROWS)
+    of_values = tl.program_id(1)
+    batch, head = program // partitions // HEADS, program // partitions % HEADS
+    first = begin + program % partitions * LENGTH
+    if of_values == 0:
+        base, stride = key_ptr + batch * key_batch + head * key_head + first * key_token, key_token
+    else:
+        base, stride = value_ptr + batch * value_batch + head * value_head + first * value_token, value_token
+    dim = tl.arange(0, DIM_TILE)
+    which = of_values * (tl.num_programs(0) // BLOCKS) + program
+    least = tl.load(range_ptr + which * 2 * DIM + dim, mask=dim < DIM, other=0.0)
+    factor = tl.load(range_ptr + which * 2 * DIM + DIM + dim, mask=dim < DIM, other=0.0)
+    inside = (token < LENGTH)[:, None] & (dim < DIM)[None, :]
+    x = tl.load(base + token[:, None] * stride + dim[None, :], mask=inside, other=0.0).to(tl.float32)
+    scaled = (x - least[None, :]) * factor[None, :]
+    off = tl.where(inside, scaled - (tl.sum(scaled, 1) / DIM)[:, None], 0.0)
+    tl.store(out_ptr + which * LENGTH + token, tl.sqrt(tl.sum(off * off, 1) / (DIM - 1)), mask=token < LENGTH)
 
 
 @triton.jit
-def _ordered(x):  # type: ignore[no-untyped-def]
-    """float32 as int32 of the same order. Both zeros are equal, and nothing is above NaN, as in PyTorch's sort."""
-    bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
-    bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    return tl.where(x != x, 0x7FFFFFFF, bits)
+def _share(ptr, token, inside):  # type: ignore[no-untyped-def]
+    """Softmax over a partition's tokens."""
+    x = tl.load(ptr + token, mask=inside, other=-float("inf"))
+    weight = tl.exp(x - tl.max(x, 0))
+    return weight / tl.sum(weight, 0)
 
 
-@triton.jit(do_not_specialize=["partitions", "count", "begin"])
+@triton.jit(do_not_specialize=["partitions", "count", "begin", "value_weight"])
 def _keep_best(  # type: ignore[no-untyped-def]
-    score_ptr,  # float32 [B, H, P, L]
+    score_ptr,  # float32 [B, H, P, L]: scores; deviations of keys, those of values after them
     out_ptr,  # int64 [B, H, P, K]
     partitions,
     count,
-    begin,
+    begin,  # position of the first partition
+    value_weight,
     LENGTH: tl.constexpr,
     LENGTH_TILE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    DEVIATIONS: tl.constexpr,
+    WITH_VALUES: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)  # of B * H * P
     base = score_ptr + program * LENGTH
     token = tl.arange(0, LENGTH_TILE)
     inside = token < LENGTH
-    own = _ordered(tl.load(base + token, mask=inside, other=0.0))
-    rank = tl.zeros([LENGTH_TILE], tl.int32)  # tokens that come before this one
-    for start in tl.range(0, LENGTH, BLOCK):
-        other = start + tl.arange(0, BLOCK)
-        theirs = _ordered(tl.load(base + other, mask=other < LENGTH, other=0.0))
-        equal = (theirs[None, :] == own[:, None]) & (other[None, :] < token[:, None])
-        before = ((theirs[None, :] > own[:, None]) | equal) & (other < LENGTH)[None, :]
-        rank += tl.sum(before.to(tl.int32), 1)
-    kept = inside & (rank < count)
+    if DEVIATIONS:
+        score = _share(base, token, inside)
+        if WITH_VALUES:
+            score += value_weight * _share(base + tl.num_programs(0).to(tl.int64) * LENGTH, token, inside)
+    else:
+        score = tl.load(base + token, mask=inside, other=0.0)
+
+    # As int32 of the same order; both zeros are equal, and nothing is above NaN, as in PyTorch's sort.
+    bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)
+    bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    bits = tl.where(score != score, 0x7FFFFFFF, bits)
+    # The largest number that K tokens reach, bit by bit: 32 comparisons a token, however long the partition.
+    least, most = tl.full([], -(2**31), tl.int64), tl.full([], 2**31 - 1, tl.int64)
+    for _ in range(32):
+        middle = (least + most + 1) >> 1
+        enough = tl.sum((inside & (bits >= middle.to(tl.int32))).to(tl.int32), 0) >= count
+        least, most = tl.where(enough, middle, least), tl.where(enough, most, middle - 1)
+    threshold = least.to(tl.int32)
+    above, equal = inside & (bits > threshold), inside & (bits == threshold)
+    room = count - tl.sum(above.to(tl.int32), 0)  # for the earliest of those that are equal
+    kept = above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= room))
     place = tl.cumsum(kept.to(tl.int32), 0) - 1
     position = begin + (program % partitions) * LENGTH + token
     tl.store(out_ptr + program * count + place, position, mask=kept)
 
 
-def lag_scores(key: Tensor, lag_key: Tensor, value: Tensor, lag_value: Tensor, value_weight: float) -> Tensor:
-    """LagKV's scores of ``[B, H, P, L, D]`` tokens, given as many of their lags: float32 ``[B, H, P, L]``.
+def deviations(
+    key: Tensor, value: Tensor, length: int, partitions: int, begin: int, *, with_values: bool = True
+) -> Tensor:
+    """How far each token deviates over its channels, scaled by the range of its lag: float32 ``[2, B, H, P, L]``, of
+    keys and of values (those without meaning unless ``with_values``).
 
-    ``value_weight``: 0 leaves the values unread.
+    ``key``/``value`` ``[B, H, T, D]``; ``length``: L; ``begin``: index of the first partition's first token, after
+    which at least ``(partitions + 1) * length`` tokens are there.
     """
-    batch, heads, partitions, length, dim = key.shape
-    tensors = [x if x.stride(-1) == 1 else x.contiguous() for x in (key, lag_key, value, lag_value)]
-    out = torch.empty(key.shape[:-1], dtype=torch.float32, device=key.device)
+    key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
+    batch, heads, _, dim = key.shape
+    count, kinds = batch * heads * partitions, 1 + with_values
+    ranges = torch.empty((2, count, 2, dim), dtype=torch.float32, device=key.device)
+    out = torch.empty((2, batch, heads, partitions, length), dtype=torch.float32, device=key.device)
     if out.numel() == 0:
         return out
     dim_tile = triton.next_power_of_2(dim)
-    block = max(1, min(triton.next_power_of_2(length), TILE // dim_tile))
-    strides = [stride for x in tensors for stride in x.stride()[:-1]]
+    longest = triton.next_power_of_2(length)
+    strides = *key.stride()[:3], *value.stride()[:3]
+    rows, few = (max(1, min(longest, tile // dim_tile)) for tile in (TILE, TILE // 2))
+    blocks = triton.cdiv(length, few)
+    shape = {"HEADS": heads, "LENGTH": length, "DIM": dim, "DIM_TILE": dim_tile}
     with fused.on(key.device):
-        _score_partition[(batch * heads * partitions,)](
-            *tensors, out, partitions, float(value_weight), *strides, HEADS=heads, LENGTH=length,
-            DIM=dim, DIM_TILE=dim_tile, BLOCK=block, BLOCKS=triton.next_power_of_2(triton.cdiv(length, block)),
-            WITH_VALUES=value_weight != 0, num_warps=8 if length > block else 4,
-        )  # fmt: skip
+        _range_of_lag[(count, kinds)](key, value, ranges, partitions, begin, *strides, **shape, ROWS=rows, num_warps=8)
+        _deviation[(count * blocks, kinds)](
+            key, value, ranges, out, partitions, begin, *strides, **shape, ROWS=few, BLOCKS=blocks, num_warps=4
+        )
     return out
 
 
-def best_positions(scores: Tensor, count: int, begin: int) -> Tensor:
+def lag_best(
+    key: Tensor, value: Tensor, length: int, partitions: int, begin: int, count: int, position: int, value_weight: float
+) -> Tensor:
+    """Positions that LagKV keeps, ``count`` of each partition, ascending: int64 ``[B, H, P * K]``.
+
+    Arguments as of `deviations`; ``position``: of the first partition's first token; ``value_weight``: 0 leaves the
+    values unread.
+    """
+    found = deviations(key, value, length, partitions, begin, with_values=value_weight != 0)
+    return _best(found, found.shape[1:], count, position, value_weight)
+
+
+def best_positions(scores: Tensor, count: int, position: int) -> Tensor:
     """Positions of the ``count`` highest scores of each partition, the earlier where two are equal, ascending.
 
-    ``scores`` float32 ``[B, H, P, L]``; ``begin``: position of the first one's token. int64 ``[B, H, P * K]``.
+    ``scores`` float32 ``[B, H, P, L]``; ``position``: of the first one's token. int64 ``[B, H, P * K]``.
     """
-    scores = scores.contiguous()
-    *leading, partitions, length = scores.shape
+    return _best(scores.contiguous(), scores.shape, count, position, None)
+
+
+def _best(scores: Tensor, shape: torch.Size, count: int, position: int, value_weight: float | None) -> Tensor:
+    *leading, partitions, length = shape
     out = torch.empty((*leading, partitions * count), dtype=torch.int64, device=scores.device)
     if out.numel() == 0:
         return out
     tile = triton.next_power_of_2(length)
     with fused.on(scores.device):
-        _keep_best[(scores.numel() // length,)](
-            scores, out, partitions, count, begin, LENGTH=length, LENGTH_TILE=tile,
-            BLOCK=max(1, min(tile, TILE // tile)), num_warps=4,
+        _keep_best[(shape.numel() // length,)](
+            scores, out, partitions, count, position, float(value_weight or 0), LENGTH=length, LENGTH_TILE=tile,
+            DEVIATIONS=value_weight is not None, WITH_VALUES=bool(value_weight), num_warps=4,
         )  # fmt: skip
     return out

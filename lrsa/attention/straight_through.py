@@ -40,7 +40,7 @@ def gate(
     geometry, scorer = config.geometry, config.build_scorer()
     read = query if scorer.reads_query else None
     with torch.autocast(key.device.type, enabled=False):
-        scores = scoring(key, value, scorer)(scorer, key, value, read, geometry, partitions, 0, 0, layer_idx, scale)
+        scores = scoring(key)(scorer, key, value, read, geometry, partitions, 0, 0, layer_idx, scale)
     if torch.is_grad_enabled() and key.requires_grad and not scores.requires_grad:
         raise ValueError(
             f"straight_through passes a gradient on to the scores, and those of scorer={config.scorer!r} carry none: "

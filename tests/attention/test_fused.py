@@ -39,32 +39,35 @@ def interpreter():
     skip_without(small)
 
 
-def partitions_of(shape: tuple[int, ...], device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """Tokens and lags of keys and of values, views of one tensor each as in a model; a channel that is constant."""
+def tokens_of(shape: tuple[int, ...], device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Keys and values of 7 tokens, the partitions, the last one's lag and 5 more; a channel that is constant."""
     batch, heads, partitions, length, dim = shape
     generator = torch.Generator().manual_seed(length)
-    tokens = (partitions + 1) * length + 5
+    tokens = 7 + (partitions + 1) * length + 5
     key = torch.randn(batch, heads, tokens, dim, generator=generator)
     value = torch.randn(batch, tokens, heads, dim, generator=generator).transpose(1, 2)
     key[..., 3] = 0.5
-
-    def cut(x: Tensor, ahead: int) -> Tensor:
-        return x[:, :, ahead * length : (ahead + partitions) * length].unflatten(2, (partitions, length))
-
-    return [cut(x.to(device, dtype), ahead) for x in (key, value) for ahead in (0, 1)]
+    return [x.to(device, dtype) for x in (key, value)]
 
 
-def check_scores(
-    shape: tuple[int, ...], weight: float, device: str = "cpu", dtype: torch.dtype = torch.float32
-) -> None:
+def check_deviations(shape: tuple[int, ...], device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+    """And that what is kept by them is what PyTorch keeps by the shares that they make."""
     from lrsa.attention import selection_kernel
 
-    key, lag_key, value, lag_value = partitions_of(shape, device, dtype)
-    found = selection_kernel.lag_scores(key, lag_key, value, lag_value, weight)
-    expected = lag_deviation(key.double(), lag_key.double()) + weight * lag_deviation(
-        value.double(), lag_value.double()
-    )
-    torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-9)
+    partitions, length = shape[2:4]
+    key, value = tokens_of(shape, device, dtype)
+    found = selection_kernel.deviations(key, value, length, partitions, 7)
+    for deviation, x in zip(found, (key, value), strict=True):
+        part, lag = (
+            x[:, :, start : start + partitions * length].unflatten(2, (partitions, length)) for start in (7, 7 + length)
+        )
+        share = deviation.softmax(-1)
+        torch.testing.assert_close(share, lag_deviation(part.double(), lag.double()).float(), rtol=1e-5, atol=1e-9)
+    for weight in (1.0, 0.0, 0.3):
+        kept = selection_kernel.lag_best(key, value, length, partitions, 7, length // 3, 100, weight)
+        shares = found.softmax(-1)
+        expected = selection.best_positions((shares[0] + weight * shares[1]).cpu(), length // 3, 100)
+        assert (kept.cpu() != expected).float().mean() < 0.01, "near ties alone"
 
 
 def check_best(scores: Tensor) -> None:
@@ -84,10 +87,9 @@ def scores_of(shape: tuple[int, ...], device: str = "cpu") -> list[Tensor]:
     return [plain, tied, torch.ones_like(plain), plain.transpose(0, 1)]
 
 
-@pytest.mark.parametrize("weight", [1.0, 0.0, 0.3])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_interpreted_scores(shape, weight, interpreter):
-    check_scores(shape, weight)
+def test_interpreted_deviations(shape, interpreter):
+    check_deviations(shape)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -158,9 +160,8 @@ def test_the_way_back_is_the_gradient_of_the_way_there(name):
 @on_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", [*SHAPES, *LARGE], ids=str)
-def test_scores_on_a_gpu(shape, dtype):
-    for weight in (1.0, 0.0, 0.3):
-        check_scores(shape, weight, "cuda", dtype)
+def test_deviations_on_a_gpu(shape, dtype):
+    check_deviations(shape, "cuda", dtype)
 
 
 @on_gpu

@@ -77,9 +77,23 @@ class Scorer(ABC):
     proportional: ClassVar[bool] = False
     paper: ClassVar[str] = ""
 
-    def fused(self, key: Tensor, value: Tensor) -> bool:
-        """Whether such keys and values are scored by a kernel, so that nothing is left to compile."""
-        return False
+    def best(
+        self, key: Tensor, value: Tensor, length: int, partitions: int, begin: int, count: int, position: int
+    ) -> Tensor | None:
+        """The whole selection, where a kernel does it in one go; None: score, then sort.
+
+        Args:
+            key, value: ``[B, H, T, D]``.
+            length: L.
+            partitions: P.
+            begin: index of the first partition's first token.
+            count: K.
+            position: of that token in its document.
+
+        Returns:
+            int64 ``[B, H, P * K]`` positions, ascending.
+        """
+        return None
 
     @abstractmethod
     def __call__(self, partitions: Partitions) -> Tensor:

@@ -21,19 +21,16 @@ class LagRelative(Scorer):
     proportional: ClassVar[bool] = True
     paper: ClassVar[str] = "https://arxiv.org/abs/2504.04704"
 
-    def fused(self, key: Tensor, value: Tensor) -> bool:
-        differentiable = torch.is_grad_enabled() and (key.requires_grad or value.requires_grad)
-        return fused.runs_on(key) and fused.runs_on(value) and not differentiable
+    def best(
+        self, key: Tensor, value: Tensor, length: int, partitions: int, begin: int, count: int, position: int
+    ) -> Tensor | None:
+        if not (fused.runs_on(key) and fused.runs_on(value)) or length > fused.LONGEST_PARTITION:
+            return None
+        from lrsa.attention import selection_kernel  # needs triton
+
+        return selection_kernel.lag_best(key, value, length, partitions, begin, count, position, self.value_weight)
 
     def __call__(self, partitions: Partitions) -> Tensor:
-        length = partitions.key.shape[-2]
-        # Chunked, a lag is as long as its partition; a prompt that is compressed once is ranked once.
-        chunked = partitions.lag_key.shape[-2] == length <= fused.LONGEST_PARTITION
-        if chunked and self.fused(partitions.key, partitions.value):
-            from lrsa.attention import selection_kernel  # needs triton
-
-            tensors = partitions.key, partitions.lag_key, partitions.value, partitions.lag_value
-            return selection_kernel.lag_scores(*tensors, self.value_weight)
         score = lag_deviation(partitions.key, partitions.lag_key)
         if self.value_weight:
             score = score + self.value_weight * lag_deviation(partitions.value, partitions.lag_value)
