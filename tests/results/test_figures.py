@@ -177,9 +177,9 @@ def test_what_is_retained_of_the_reference_by_bytes_kept(study: list[Record]) ->
     named = {text.get_text(): to_hex(text.get_color()) for text in axes.texts}
     assert set(named) == {"none", "dense", "LRSA"} and named["LRSA"] == to_hex(lines["LRSA"].get_color())
     (caption,) = figure.texts
-    assert "full of dense's" in caption.get_text().replace("\n", " ")
+    assert "(score - floor) / (dense's full - floor)" in caption.get_text().replace("\n", " ")
     own = make_figures(study, table, {"retained": {"of": "own", "bootstrap": 200}})["retained"]
-    assert "full of its own" in own.texts[0].get_text().replace("\n", " ")
+    assert "the same model's full" in own.texts[0].get_text().replace("\n", " ")
 
 
 def test_names_that_would_overlap_stand_apart() -> None:

@@ -64,8 +64,8 @@ def _retained(
     cells = table_frame(shares).merge(kept_frame(records, table.names), on=["task", "arm", "column"])
     if cells.empty:
         raise NothingToShow("no run says the bytes of its full cache and of a compressed one (kv_bytes_per_layer)")
-    against = "its own" if of == "own" or table.reference is None else f"{table.name(table.reference)}'s"
-    note = f"Retention: (score - floor) / (full - floor), each with its own floor, full of {against}.{note}"
+    whose = "the same model" if of == "own" else table.name(table.reference or "its reference")
+    note = f"Retention: (score - floor) / ({whose}'s full - floor), each with its own floor, without the context.{note}"
     return retained_figure(cells, shares.metric.title, styles_of(table), note)
 
 
