@@ -288,7 +288,7 @@ class TableConf:
     tasks: list[str] = field(default_factory=list)
     compressions: list[float] = field(default_factory=list)  # 1 for the full cache; []: all, and the floor
     names: Any = None  # {arm or task: as displayed}; Any, for Hydra refuses new keys of a typed mapping without a `+`
-    metric: str = "exact"  # or nll; exact_match, f1, rouge_l, string_match of generated answers
+    metric: str = "exact"  # or nll, perplexity (its exponential); exact_match, f1, rouge_l, string_match of answers
     retention: str | None = None  # own, reference: of the metric, the share of whose full score; null: the score itself
     benchmark: bool = False  # the tables of lrsa-bench's records instead: speed and memory
     formats: list[str] = field(default_factory=lambda: ["markdown", "latex", "csv"])

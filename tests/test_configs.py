@@ -153,6 +153,26 @@ def test_the_real_run_is_what_it_says() -> None:
     assert conf.trainer.precision == conf.evaluation.precision == "bf16-mixed"
 
 
+def test_the_confirmation_study_trains_every_arm_alike_and_reads_no_book_that_is_held_out() -> None:
+    confs = [
+        compose_train("experiment=smollm2_lossless", f"recipe={name}") for name in ("none", "dense", "lrsa_random")
+    ]
+    assert [conf.run.arm for conf in confs] == ["none", "dense", "random"]
+    assert confs[2].recipe.random_share == 1 and confs[2].recipe.compressions == [1, 4, 8]
+    for conf in confs:
+        assert (conf.run.study, conf.recipe.steps, conf.recipe.learning_rate) == ("smollm2_lossless", 1000, 2e-4)
+        assert conf.evaluation.attention.scorer == "lag_relative" and conf.evaluation.compressions == [1, 2, 4, 8]
+        assert {name: task.limit for name, task in conf.evaluation.tasks.items()} == {
+            "needles": 320,
+            "xquad": None,
+            "hotpotqa": 300,
+        }
+        assert all((part.filler or "").endswith("@train") for part in conf.data.parts.values())
+        assert not {part.source for part in conf.data.parts.values()} & {"vt", "kv", "passkey"}, "what is untouched"
+    untouched = compose_eval("mode=generate", "task=[untouched]").evaluation.tasks
+    assert {task.source for task in untouched.values()} == {"vt", "kv", "passkey"}
+
+
 @pytest.mark.parametrize(
     "override", ["recipe.stepz=3", "recipe.steps=many", "data.parts.needles.source=3=4", "evaluation.tasks=5"]
 )

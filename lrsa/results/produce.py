@@ -8,22 +8,26 @@ from typing import Any
 
 from lrsa.config import TableConf
 from lrsa.results.formats import write_table
+from lrsa.results.perplexity import NAME as PERPLEXITY
+from lrsa.results.perplexity import build_perplexity
 from lrsa.results.pivot import COLUMNS, Pivot
 from lrsa.results.record import Record
 from lrsa.results.retention import build_retention
-from lrsa.results.tables import EACH, SHARED, ResultTable, build_table
+from lrsa.results.tables import EACH, METRICS, SHARED, ResultTable, build_table
 from lrsa.results.where import Where
 
 
 def make_table(conf: TableConf, records: Sequence[Record], rebuild: str = "lrsa-table") -> ResultTable:
     """The table that `conf` asks for. `rebuild`: the command that its files name.
 
-    Raises RecordError and ValueError as `build_table` and `build_retention` do.
+    Raises RecordError and ValueError as `build_table`, `build_retention` and `build_perplexity` do.
     """
     if not isinstance(conf.names or {}, dict):
         raise ValueError(f"names={conf.names!r} is not a mapping; write names={{dense: Dense, lrsa: LRSA}}")
     if not isinstance(conf.reference, str | dict | None):
         raise ValueError(f"reference={conf.reference!r}: name an arm, or write {{arm: its reference, ...}}")
+    if conf.metric not in (*METRICS, PERPLEXITY):
+        raise ValueError(f"unknown metric '{conf.metric}'; choose from {', '.join((*METRICS, PERPLEXITY))}")
     wanted: dict[str, Any] = {
         "title": conf.title,
         "arms": conf.arms,
@@ -31,7 +35,6 @@ def make_table(conf: TableConf, records: Sequence[Record], rebuild: str = "lrsa-
         "compressions": conf.compressions,
         "reference": conf.reference,
         "names": {str(key): str(name) for key, name in (conf.names or {}).items()},
-        "metric": conf.metric,
         "n_resamples": conf.bootstrap,
         "rebuild": rebuild,
         "seeds": expected_seeds(conf.seeds),
@@ -40,8 +43,10 @@ def make_table(conf: TableConf, records: Sequence[Record], rebuild: str = "lrsa-
         "draws": conf.draws or (EACH if conf.store is None else SHARED),
     }
     if conf.retention is not None:
-        return build_retention(records, of=conf.retention, **wanted)
-    return build_table(records, **wanted)
+        return build_retention(records, of=conf.retention, metric=conf.metric, **wanted)
+    if conf.metric == PERPLEXITY:
+        return build_perplexity(records, **wanted)
+    return build_table(records, metric=conf.metric, **wanted)
 
 
 def expected_seeds(seeds: Any) -> Mapping[str, Sequence[int]] | Sequence[int]:
@@ -67,5 +72,5 @@ def _write_figures(
     # matplotlib takes a second to import, and not every table has a figure
     from lrsa.results.figures import make_figures, save_figure
 
-    made = make_figures(records, table, conf.figures)
+    made = make_figures(Where.parse(conf.where).of(records), table, conf.figures)
     return [path for name, figure in made.items() for path in save_figure(figure, folder, f"{prefix}{name}")]

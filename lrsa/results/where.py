@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import ast
 import operator
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
-from lrsa.results.keys import ABSENT
+from lrsa.results.keys import ABSENT, look_up
+from lrsa.results.record import Record
 
 _CONSTANTS = {"true": True, "false": False, "null": None, "True": True, "False": False, "None": None}
 _COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
@@ -61,6 +63,13 @@ class Where:
         null is false. Raises ValueError for an order between a text and a number.
         """
         return self._tree is None or bool(self._value(self._tree, value_of))
+
+    def of(self, records: Iterable[Record]) -> list[Record]:
+        """The records with those cells alone of which it holds, their outcomes whole; without those that keep none."""
+        if self._tree is None:
+            return list(records)
+        held = ((one, [cell for cell in one.cells if self.holds(partial(look_up, one, cell))]) for one in records)
+        return [replace(record, cells=cells) for record, cells in held if cells]
 
     def _check(self, node: ast.AST) -> None:
         if isinstance(node, ast.Attribute | ast.Name):

@@ -11,6 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
+from lrsa.config import TableConf
 from lrsa.results import Record, bootstrap_mean, build_table
 from lrsa.results.diffs import differences, short_names, told_apart
 from lrsa.results.figures import (
@@ -22,10 +23,15 @@ from lrsa.results.figures import (
     make_figures,
     save_figure,
 )
+from lrsa.results.figures.frames import held_frame
 from lrsa.results.figures.lines import bytes_text, frontier
+from lrsa.results.figures.retained import apart
 from lrsa.results.figures.style import COLUMN_WIDTH, TEXT_WIDTH, add_caption, arm_styles
 from lrsa.results.grids import MixedRuns, NothingToShow, grid_of_needles, grid_of_settings
 from lrsa.results.pivot import COLUMNS, Pivot
+from lrsa.results.store import load_records
+from lrsa.results.where import Where
+from lrsa.table import build
 
 RATIOS = {1: 1.0, 2: 1.9, 4: 3.37, 8: 5.56}
 FAST = {"n_resamples": 200}
@@ -157,6 +163,44 @@ def test_retention_is_that_of_the_table(study: list[Record]) -> None:
     figure = make_figures(study, build_table(study, **FAST), {"retention": {"bootstrap": 200}})["retention"]
     lines = {str(line.get_label()): line for line in figure.axes[0].get_lines()}
     assert lines["lrsa"].get_ydata()[0] == pytest.approx(100 * (18 - 2) / (20 - 2))
+
+
+def test_what_is_retained_of_the_reference_by_bytes_kept(study: list[Record]) -> None:
+    """The dense arm's full gain is 20 - 2 answers of 22; the full cache, all of the bytes, is a point too."""
+    table = build_table(study, arms=["none", "dense", "lrsa"], reference="dense", names={"lrsa": "LRSA"}, **FAST)
+    figure = make_figures(study, table, {"retained": {"bootstrap": 200}})["retained"]
+    (axes,) = figure.axes
+    lines = {str(line.get_label()): line for line in axes.get_lines() if len(line.get_xdata()) == 2}
+    np.testing.assert_allclose(lines["LRSA"].get_xdata(), [1, 1 / RATIOS[4]])
+    np.testing.assert_allclose(lines["LRSA"].get_ydata(), [100 * (20 - 2) / (22 - 2), 100 * (18 - 2) / (22 - 2)])
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["100%\nfull", "30%\n4×"]
+    named = {text.get_text(): to_hex(text.get_color()) for text in axes.texts}
+    assert set(named) == {"none", "dense", "LRSA"} and named["LRSA"] == to_hex(lines["LRSA"].get_color())
+    (caption,) = figure.texts
+    assert "(score - floor) / (dense's full - floor)" in caption.get_text().replace("\n", " ")
+    own = make_figures(study, table, {"retained": {"of": "own", "bootstrap": 200}})["retained"]
+    assert "the same model's full" in own.texts[0].get_text().replace("\n", " ")
+
+
+def test_names_that_would_overlap_stand_apart() -> None:
+    np.testing.assert_allclose(apart([0, 50, 100], 8), [0, 50, 100])
+    np.testing.assert_allclose(apart([10, 10, 12, 90], 8), [10 + 2 / 3 - 8, 10 + 2 / 3, 10 + 2 / 3 + 8, 90])
+    assert np.diff(apart([0, 7, 8, 9, 30, 31], 8)).min() >= 8 - 1e-9
+
+
+def test_figures_are_of_the_cells_that_the_table_is_of(run, tmp_path: Path) -> None:
+    """Two lengths of one study: the bytes held at 4,096 tokens are not averaged with those at 1,024."""
+    scores = {None: right(0.1), 1: right(1), 4: right(0.5)}
+    for length in (1024, 4096):
+        for arm in ("dense", "lrsa"):
+            run(arm, scores, length=length)
+    conf = TableConf(records=[str(tmp_path)], where="evaluation.length == 4096", reference="dense", bootstrap=100)
+    conf.figures, conf.output = ["retained", "retention", "pareto"], str(tmp_path / "out")
+    conf.formats = ["markdown"]
+    assert len(build(conf).written) == 1 + 2 * 3
+    chosen = Where.parse(conf.where).of(load_records(tmp_path))
+    held = held_frame(chosen, {}).query("column == 'full'")["bytes_per_token"]
+    assert held.tolist() == pytest.approx([3e6 / 4096] * 2)
 
 
 def test_a_pivoted_table_has_the_figures_of_its_runs(run) -> None:

@@ -7,6 +7,8 @@ import pytest
 from lrsa.results.keys import ABSENT
 from lrsa.results.where import Where
 
+from .conftest import MakeRun, share
+
 VALUES: dict[str, Any] = {
     "attention.lag_size": 128,
     "run.seed": 2,
@@ -72,3 +74,12 @@ def test_anything_else_is_refused_before_it_is_looked_at(text: str) -> None:
 def test_no_order_between_text_and_number() -> None:
     with pytest.raises(ValueError, match="'lrsa' and 3 have no order"):
         Where.parse("arm < 3").holds(VALUES.get)
+
+
+def test_records_keep_the_cells_of_which_it_holds(make_run: MakeRun) -> None:
+    cells = {("needles", 1): share(9, 10), ("needles", 4): share(5, 10)}
+    records = [make_run("dense", cells), make_run("lrsa", cells)]
+    (found,) = Where.parse("arm == 'lrsa' and compression == 4").of(records)
+    assert (found.arm, [cell["compression"] for cell in found.cells]) == ("lrsa", [4])
+    assert len(records[1].cells) == 2 and len(found.outcomes()) == 20, "the record itself stays as it was"
+    assert Where.parse("").of(records) == records

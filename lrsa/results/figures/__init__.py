@@ -3,7 +3,8 @@
 `make_figures` draws what a table and its records have the data for, `FIGURES` names them all:
 
 - accuracy: a score by measured compression; pareto: the same by kept bytes, the frontier marked
-- retention: what is left of the full cache's gain over the floor, with intervals
+- retention: what is left of the full cache's gain over the floor, with intervals; retained: the same, of the
+  reference's, by share of bytes kept
 - heat: a score by two settings, such as lag x compression; needle: by depth and length of the context
 - position: likelihood of prose by position; loss, throughput: of runs
 
@@ -16,6 +17,7 @@ from lrsa.results.figures.heat import heat_figure, needle_figure
 from lrsa.results.figures.kept import kept_figure, kept_html, kept_share, kept_text_figure
 from lrsa.results.figures.lines import accuracy_figure, pareto_figure, position_figure, retention_figure
 from lrsa.results.figures.registry import FIGURES, make_figures
+from lrsa.results.figures.retained import retained_figure
 from lrsa.results.figures.selection import selection_figure
 from lrsa.results.figures.style import COLOURS, MARKERS, save_figure
 from lrsa.results.grids import NothingToShow
@@ -36,6 +38,7 @@ __all__ = [
     "needle_figure",
     "pareto_figure",
     "position_figure",
+    "retained_figure",
     "retention_figure",
     "save_figure",
     "selection_figure",

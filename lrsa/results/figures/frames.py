@@ -81,6 +81,16 @@ def held_frame(records: Sequence[Record], names: Mapping[str, str]) -> pd.DataFr
     return held.groupby(["task", "arm", "column"], as_index=False)[["kv_bytes", "bytes_per_token"]].mean()
 
 
+def kept_frame(records: Sequence[Record], names: Mapping[str, str]) -> pd.DataFrame:
+    """`held_frame` with `kept`: the share of the bytes that the same task and arm hold with the full cache. Without
+    tasks and arms that no full cache was measured of.
+    """
+    held = held_frame(records, names)
+    full = held.loc[held["column"] == "full", ["task", "arm", "kv_bytes"]]
+    both = held.merge(full, on=["task", "arm"], suffixes=("", "_full"))
+    return both.assign(kept=both["kv_bytes"] / both["kv_bytes_full"])
+
+
 def sizes(frame: pd.DataFrame) -> str:
     """`n: Needles 320 × 3 seeds, XQuAD 1,190`: examples and seeds of the tasks of a frame."""
     parts = []

@@ -9,9 +9,10 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from lrsa.results.figures.curves import loss_figure, throughput_figure
-from lrsa.results.figures.frames import held_frame, styles_of, table_frame
+from lrsa.results.figures.frames import held_frame, kept_frame, styles_of, table_frame
 from lrsa.results.figures.heat import heat_figure, needle_figure
 from lrsa.results.figures.lines import accuracy_figure, pareto_figure, position_figure, retention_figure
+from lrsa.results.figures.retained import retained_figure
 from lrsa.results.grids import (
     COMPRESSION,
     LAG,
@@ -50,16 +51,38 @@ def _pareto(records: Sequence[Record], table: ResultTable) -> Figure:
 
 
 def _retention(records: Sequence[Record], table: ResultTable, *, of: str = "own", bootstrap: int = RESAMPLES) -> Figure:
+    factors = [c.setting.compression for c in table.columns if c.setting.compression not in (None, 1)]
+    shares, note = _shares(records, table, of, bootstrap, factors)
+    return retention_figure(table_frame(shares), shares.metric.title, styles_of(table), note)
+
+
+def _retained(
+    records: Sequence[Record], table: ResultTable, *, of: str = "reference", bootstrap: int = RESAMPLES
+) -> Figure:
+    factors = [c.setting.compression for c in table.columns if c.setting.compression is not None]
+    shares, note = _shares(records, table, of, bootstrap, factors)
+    cells = table_frame(shares).merge(kept_frame(records, table.names), on=["task", "arm", "column"])
+    if cells.empty:
+        raise NothingToShow("no run says the bytes of its full cache and of a compressed one (kv_bytes_per_layer)")
+    whose = "the same model" if of == "own" else table.name(table.reference or "its reference")
+    note = f"Retention: (score - floor) / ({whose}'s full - floor), each with its own floor, without the context.{note}"
+    return retained_figure(cells, shares.metric.title, styles_of(table), note)
+
+
+def _shares(
+    records: Sequence[Record], table: ResultTable, of: str, bootstrap: int, factors: Sequence[float | None]
+) -> tuple[ResultTable, str]:
+    """Retention of the table's arms and tasks at `factors`, and what a caption must say of it."""
     metric = table.metric.name
     if metric not in METRICS:
-        raise NothingToShow(f"the table's metric is {metric}: it is a retention already")
+        raise NothingToShow(f"the table's metric is {metric}: retention is of {', '.join(METRICS)}")
     try:
         shares = build_retention(
             records,
             of=of,
             arms=list(dict.fromkeys(row.arm for row in table.rows)),
             tasks=list(dict.fromkeys(row.task for row in table.rows)),
-            compressions=[c.setting.compression for c in table.columns if c.setting.compression not in (None, 1)],
+            compressions=[factor for factor in factors if factor is not None],
             reference=table.reference or {row.arm: row.reference for row in table.differences if row.reference},
             names=table.names,
             metric=metric,
@@ -67,14 +90,13 @@ def _retention(records: Sequence[Record], table: ResultTable, *, of: str = "own"
         )
     except RecordError as error:
         raise NothingToShow(str(error)) from error
-    cells = table_frame(shares)
-    if cells.empty:
+    if not any(cell.interval for row in shares.rows for cell in row.cells):
         raise NothingToShow("full - floor is nowhere clear of 0, so there is nothing to retain a share of")
     unclear = [row for row in shares.rows if any(cell.unclear for cell in row.cells)]
     absent = dict.fromkeys(row.arm for row in shares.rows if all(cell.weight is None for cell in row.cells))
     note = f" Full - floor not clear of 0: {_listed(shares, unclear)}." if unclear else ""
     note += f" Without a floor or full score: {', '.join(map(shares.name, absent))}." if absent else ""
-    return retention_figure(cells, shares.metric.title, styles_of(table), note)
+    return shares, note
 
 
 def _listed(table: ResultTable, rows: Sequence[Row]) -> str:
@@ -85,8 +107,8 @@ def _listed(table: ResultTable, rows: Sequence[Row]) -> str:
 
 def _position(records: Sequence[Record], table: ResultTable) -> Figure:
     stretches = position_frame(table)
-    if stretches.empty:
-        raise NothingToShow("no prose was read by position: lrsa-eval mode=perplexity does")
+    if stretches.empty or table.metric.name != "nll":
+        raise NothingToShow("no prose was read by position: lrsa-eval mode=perplexity does, and metric=nll shows it")
     return position_figure(stretches)
 
 
@@ -150,6 +172,7 @@ FIGURES: dict[str, FigureOf] = {
     "accuracy": _accuracy,
     "pareto": _pareto,
     "retention": _retention,
+    "retained": _retained,
     "heat": _heat,
     "needle": _needle,
     "position": _position,
@@ -157,7 +180,8 @@ FIGURES: dict[str, FigureOf] = {
     "throughput": _throughput,
 }
 
-ON_REQUEST = ("throughput",)  # a by-product, which a reader might take for a measurement of speed
+# A by-product, which a reader might take for a measurement of speed; and what retention shows already.
+ON_REQUEST = ("throughput", "retained")
 
 
 def make_figures(
