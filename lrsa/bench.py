@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import track
 
-from lrsa.benchmark import generate, kernels, step
+from lrsa.benchmark import block_peers, generate, kernels, step
 from lrsa.benchmark.cases import cases
 from lrsa.benchmark.report import of_records, report, write_reports
 from lrsa.config import BenchConf, config_dir, register_configs
@@ -21,7 +22,14 @@ from lrsa.results.store import load_records
 from lrsa.tracking import log_benchmark, plain, task_overrides
 
 register_configs()
-MODES = {"kernels": kernels.run, "step": step.run, "generate": generate.run}
+
+
+def _kernels(conf: BenchConf, device: torch.device) -> Iterator[dict[str, Any]]:
+    yield from kernels.run(conf, device)
+    yield from block_peers.run(conf, device)
+
+
+MODES = {"kernels": _kernels, "step": step.run, "generate": generate.run}
 
 
 @hydra.main(config_path=str(config_dir()), config_name="bench", version_base=None)
@@ -44,7 +52,7 @@ def run(conf: BenchConf) -> Record:
     """Measure what ``conf`` asks for, record it, return the finished record.
 
     Raises:
-        ValueError: an unknown mode; what `cases` refuses; a backend that cannot run here.
+        ValueError: an unknown mode; what `cases` refuses; a backend or a peer that cannot run here.
     """
     if conf.mode not in MODES:
         raise ValueError(f"mode={conf.mode!r} is unknown: choose one of {', '.join(MODES)}")
@@ -54,6 +62,7 @@ def run(conf: BenchConf) -> Record:
     device = torch.device(conf.device if conf.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     if conf.mode == "kernels":
         kernels.check_backends(conf, device)
+        block_peers.check_peers(conf, device)
     with Record.start(
         conf.run.output_dir,
         command="lrsa-bench",

@@ -336,6 +336,8 @@ class BenchConf:
     key_value_heads: int = 3
     head_dim: int = 64
     rounds: int = 5
+    # of mode=kernels: nsa, moba of flash-linear-attention, at as many pairs as each case has, or as nsa/16x64 says
+    peers: list[str] = field(default_factory=list)
     # of mode=generate: dense, lrsa (at each of `compressions`), kvpress/<Press> (likewise)
     engines: list[str] = field(default_factory=lambda: ["dense", "lrsa"])
     decode_steps: int = 256  # of mode=generate, at least; whole chunks are timed

@@ -63,15 +63,15 @@ def test_a_backend_that_cannot_run_here_is_refused_before_anything_is_measured(b
 
 def test_flash_attn_4_is_a_rival_where_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a stand-in for a GPU: its dense kernel is timed beside PyTorch's, and the row names the fastest."""
-    cpu = kernels._inputs(configured(tmp_path), 40, torch.device("cpu"))
+    cpu = kernels.make_inputs(configured(tmp_path), 40, torch.device("cpu"))
     called = []
     stand_in = types.SimpleNamespace(attend_causally=lambda *x: called.append(len(x)) or x[0])
     monkeypatch.setattr(flash4, "obstacle", lambda query: None)
     monkeypatch.setattr(flash4, "kernels", lambda: stand_in)
     query = types.SimpleNamespace(device=torch.device("cuda"))
     monkeypatch.setattr(kernels, "_dense", lambda inputs, backend: lambda: cpu[0].sum())
-    monkeypatch.setattr(kernels, "_backward", lambda function, inputs: function)
-    found = kernels._dense_kernels((query, *cpu[1:]))
+    monkeypatch.setattr(kernels, "with_gradients", lambda function, inputs: function)
+    found = kernels.dense_kernels((query, *cpu[1:]))
     assert sorted(found) == ["cudnn", "flash", "flash4"]
     found["flash4"]()
     assert called == [3]
@@ -95,7 +95,7 @@ def test_a_wrong_kernel_gets_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("lag", [16, 1024])
 def test_the_gate_compresses_something(lag: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = []
-    monkeypatch.setattr(kernels, "_inputs", lambda conf, length, device: lengths.append(length) or 1 / 0)
+    monkeypatch.setattr(kernels, "make_inputs", lambda conf, length, device: lengths.append(length) or 1 / 0)
     config = SparseAttentionConfig(lag_size=lag)
     with pytest.raises(ZeroDivisionError):
         kernels.gate(configured(tmp_path), config, "gather", torch.device("cpu"))

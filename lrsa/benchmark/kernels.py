@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -26,8 +26,8 @@ def run(conf: BenchConf, device: torch.device) -> Iterator[dict[str, Any]]:
     """One row a scorer, geometry and backend: times in ms, speed-up over dense, the ideal one by attended pairs."""
     chosen = cases(conf)
     for length in conf.lengths:
-        inputs = _inputs(conf, length, device)
-        dense = _dense_kernels(inputs)
+        inputs = make_inputs(conf, length, device)
+        dense = dense_kernels(inputs)
         for config, compression in chosen:
             for backend in conf.backends:
                 error, allowed = gate(conf, config, backend, device)
@@ -59,14 +59,14 @@ def gate(conf: BenchConf, config: SparseAttentionConfig, backend: str, device: t
     geometry = config.geometry
     # Three partitions are compressed at the end, or as many as the usual length has room for; never none.
     length = min(max(GATE_LENGTH, geometry.first_chunk + geometry.lag + 37), 4 * geometry.lag + geometry.sink + 37)
-    inputs = _inputs(replace(conf, batch_size=1), length, device)
+    inputs = make_inputs(replace(conf, batch_size=1), length, device)
     kept = kept_tokens(inputs[1], inputs[2], config, query=inputs[0])
     exact = _gradients(tuple(x.double() for x in inputs), config, kept, "reference")
     plain = _gradients(inputs, config, kept, "reference")
     fast = _gradients(inputs, config, kept, backend)
     # The reference rounds once, at the end; a kernel in this dtype rounds the attention weights too.
     floor = 4 * torch.finfo(inputs[0].dtype).eps
-    return _error(fast, exact), max(2 * _error(plain, exact), floor)
+    return largest_error(fast, exact), max(2 * largest_error(plain, exact), floor)
 
 
 def _timed(
@@ -74,39 +74,59 @@ def _timed(
     config: SparseAttentionConfig,
     backend: str,
     inputs: tuple[Tensor, ...],
-    dense: dict[str, Callable[[], Tensor]],
+    dense: Mapping[str, Callable[[], Tensor]],
 ) -> dict[str, Any]:
-    device = inputs[0].device
-
     query, key, value = inputs[:3]
+    tokens = query.shape[2]
 
     def sparse() -> Tensor:
         return sparse_attention(query, key, value, config, backend=backend)
 
-    functions = {**dense, "sparse": sparse}
-    with torch.no_grad():
-        forward = compare(functions, conf.rounds, device)
-    both = compare({name: _backward(f, inputs) for name, f in functions.items()}, conf.rounds, device)
-
     def choose() -> Tensor:
         # With gradients on, as in training, where scoring is compiled.
-        partitions = config.geometry.selected_partitions(query.shape[2])
-        return select(key, value, config, partitions, query=query)
+        return select(key, value, config, config.geometry.selected_partitions(tokens), query=query)
 
-    row: dict[str, Any] = {"selection": vars(compare({"selection": choose}, conf.rounds, device)["selection"])}
-    for name, times in (("forward", forward), ("forward_backward", both)):
-        best = min((n for n in times if n != "sparse"), key=lambda n: times[n].median)
+    row = measure(sparse, inputs, dense, inputs, conf.rounds)
+    row["selection"] = vars(compare({"selection": choose}, conf.rounds, query.device)["selection"])
+    return row | against_ideal(config.geometry.pairs(tokens), tokens)
+
+
+def measure(
+    sparse: Callable[[], Tensor],
+    inputs: tuple[Tensor, ...],
+    dense: Mapping[str, Callable[[], Tensor]],
+    dense_inputs: tuple[Tensor, ...],
+    rounds: int,
+) -> dict[str, Any]:
+    """Times of ``sparse`` and of every dense kernel, taking turns, and peak bytes; the speed-up is over the fastest.
+
+    Args:
+        inputs: what ``sparse`` computes from, three leaves, and its output's gradient; the layout is its own.
+        dense_inputs: likewise, of the dense kernels.
+    """
+    device = inputs[0].device
+    functions = {**dense, "sparse": sparse}
+    passes = {name: with_gradients(f, dense_inputs) for name, f in dense.items()}
+    passes["sparse"] = with_gradients(sparse, inputs)
+    with torch.no_grad():
+        forward = compare(functions, rounds, device)
+    row: dict[str, Any] = {}
+    for name, times in (("forward", forward), ("forward_backward", compare(passes, rounds, device))):
+        best = min(dense, key=lambda n: times[n].median)
         row[name] = {n: vars(t) for n, t in times.items()}
         row[f"{name}_dense"] = best
         row[f"{name}_speedup"] = times[best].median / times["sparse"].median
-    tokens = inputs[0].shape[2]
-    row["ideal_speedup"] = tokens * (tokens + 1) / 2 / config.geometry.pairs(tokens)
-    row["peak_memory"] = peak_memory(_backward(sparse, inputs), device)
-    row["peak_memory_dense"] = peak_memory(_backward(dense[row["forward_backward_dense"]], inputs), device)
+    row["peak_memory"] = peak_memory(passes["sparse"], device)
+    row["peak_memory_dense"] = peak_memory(passes[row["forward_backward_dense"]], device)
     return row
 
 
-def _inputs(conf: BenchConf, length: int, device: torch.device) -> tuple[Tensor, ...]:
+def against_ideal(pairs: int, tokens: int) -> dict[str, float]:
+    """Fields of a row: keys that a query attends on average, and the speed-up that so many would give."""
+    return {"keys_per_query": pairs / tokens, "ideal_speedup": tokens * (tokens + 1) / 2 / pairs}
+
+
+def make_inputs(conf: BenchConf, length: int, device: torch.device) -> tuple[Tensor, ...]:
     """Query, key, value and the output's gradient, from a seed."""
     generator = torch.Generator().manual_seed(conf.run.seed)
     heads = (conf.query_heads, conf.key_value_heads, conf.key_value_heads, conf.query_heads)
@@ -116,14 +136,14 @@ def _inputs(conf: BenchConf, length: int, device: torch.device) -> tuple[Tensor,
     return (*(x.requires_grad_() for x in made[:3]), made[3])
 
 
-def _dense_kernels(inputs: tuple[Tensor, ...]) -> dict[str, Callable[[], Tensor]]:
+def dense_kernels(inputs: tuple[Tensor, ...]) -> dict[str, Callable[[], Tensor]]:
     """Every dense kernel that runs here; the row names the fastest."""
     if inputs[0].device.type != "cuda":
         return {"sdpa": _dense(inputs, None)}
     found: dict[str, Callable[[], Tensor]] = {}
     for name, backend in (("cudnn", SDPBackend.CUDNN_ATTENTION), ("flash", SDPBackend.FLASH_ATTENTION)):
         try:
-            _backward(_dense(inputs, backend), inputs)()
+            with_gradients(_dense(inputs, backend), inputs)()
             found[name] = _dense(inputs, backend)
         except RuntimeError:  # not built in, or not for this shape and dtype
             continue
@@ -145,7 +165,8 @@ def _dense(inputs: tuple[Tensor, ...], backend: SDPBackend | None) -> Callable[[
     return attend
 
 
-def _backward(function: Callable[[], Tensor], inputs: tuple[Tensor, ...]) -> Callable[[], object]:
+def with_gradients(function: Callable[[], Tensor], inputs: tuple[Tensor, ...]) -> Callable[[], object]:
+    """Forward and backward: ``inputs`` are three leaves and the output's gradient."""
     return lambda: torch.autograd.grad(function(), inputs[:3], inputs[3])
 
 
@@ -157,5 +178,6 @@ def _gradients(
     return out.detach(), *torch.autograd.grad(out, (query, key, value), inputs[3])
 
 
-def _error(found: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> float:
+def largest_error(found: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> float:
+    """The largest of the relative errors, each in the Euclidean norm."""
     return max(float((f.double() - e).norm() / e.norm()) for f, e in zip(found, exact, strict=True))

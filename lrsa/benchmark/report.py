@@ -58,38 +58,45 @@ def write_reports(reports: Sequence[Report], path: Path, rebuild: str) -> None:
     write_atomically(path, f"<!-- Generated, do not edit. Rebuild: {rebuild} -->\n\n{text}".encode())
 
 
+KERNEL_COLUMNS = (
+    "T", "scorer", "L", "keep", "form", "error", "select ms", "fwd ms", "gain", "fwd+bwd ms", "gain", "ideal", "keys",
+    "peak GiB",
+)  # fmt: skip
+
+
 def _kernels(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], device: str) -> Report:
-    """Medians in ms, dense (the fastest kernel there) -> sparse; an implementation that is wrong gets no time."""
+    """Medians in ms, dense (the fastest kernel there) -> sparse; an implementation that is wrong gets no time. ``keys``
+    are those that a query attends on average, and the peak is that of forward and backward."""
     shape = f"batch {config['batch_size']}, {config['query_heads']}/{config['key_value_heads']} heads"
     title = f"Attention, dense->sparse, {shape}, D {config['head_dim']}, {config['dtype']}, {device}"
-    columns = [
-        "T",
-        "scorer",
-        "L",
-        "keep",
-        "form",
-        "error",
-        "select ms",
-        "fwd ms",
-        "gain",
-        "fwd+bwd ms",
-        "gain",
-        "ideal",
-    ]
-    table = []
-    for row in rows:
-        cells = [f"{row['length']:,}", _scorer(config, row), str(row["lag"]), f"1/{row['compression']:g}"]
-        cells.append(row["backend"])
-        if row["gate"] != "passed":
-            missing = [""] * (len(columns) - len(cells) - 1)
-            table.append([*cells, f"{row['error']:.0e} > {row['allowed_error']:.0e}: WRONG", *missing])
-            continue
-        cells += [f"{row['error']:.0e}", _ms(row["selection"]["median"]) if "selection" in row else ""]
-        for name in ("forward", "forward_backward"):
-            dense, sparse = (row[name][kernel]["median"] for kernel in (row[f"{name}_dense"], "sparse"))
-            cells += [f"{_ms(dense)}->{_ms(sparse)}", f"{row[f'{name}_speedup']:.2f}x"]
-        table.append([*cells, f"{row['ideal_speedup']:.2f}x"])
-    return Report(title, columns, table)
+    return Report(title, KERNEL_COLUMNS, [_kernels_row(config, row) for row in rows])
+
+
+def _kernels_row(config: Mapping[str, Any], row: Mapping[str, Any]) -> list[str]:
+    if "peer" in row:
+        rule, form = f"{row['blocks']}x{row['block_size']}", row["peer"]
+    else:
+        rule, form = _scorer(config, row), row["backend"]
+    keep = "-" if row["compression"] is None else f"1/{row['compression']:g}"
+    cells = [f"{row['length']:,}", rule, _or_dash(row["lag"]), keep, form]
+    if "failed" in row:
+        return _padded([*cells, row["failed"]], KERNEL_COLUMNS)
+    if row["gate"] != "passed":
+        return _padded([*cells, f"{_why_wrong(row)}: WRONG"], KERNEL_COLUMNS)
+    cells += [f"{row['error']:.0e}", _ms(row["selection"]["median"]) if "selection" in row else ""]
+    for name in ("forward", "forward_backward"):
+        dense, sparse = (row[name][kernel]["median"] for kernel in (row[f"{name}_dense"], "sparse"))
+        cells += [f"{_ms(dense)}->{_ms(sparse)}", f"{row[f'{name}_speedup']:.2f}x"]
+    memory = [row.get("peak_memory_dense"), row.get("peak_memory")]
+    peak = "-" if None in memory else "->".join(_gib(count) for count in memory)
+    keys = (row["length"] + 1) / 2 / row["ideal_speedup"]
+    return [*cells, f"{row['ideal_speedup']:.2f}x", f"{keys:,.0f}", peak]
+
+
+def _why_wrong(row: Mapping[str, Any]) -> str:
+    if row["error"] <= row["allowed_error"]:  # then it chose otherwise than its reference; a NaN is an error
+        return f"{row['selection_agreement']:.0%} of its blocks right"
+    return f"{row['error']:.0e} > {row['allowed_error']:.0e}"
 
 
 def _scorer(config: Mapping[str, Any], row: Mapping[str, Any]) -> str:
@@ -145,10 +152,10 @@ GENERATE_COLUMNS = (
 def _generate_row(row: Mapping[str, Any]) -> list[str]:
     cells = [f"{row['length']:,}", _or_dash(row["lag"]), row["engine"], _or_dash(row["batch"])]
     if "failed" in row:
-        return _padded([*cells, row["failed"].splitlines()[0]])
+        return _padded([*cells, row["failed"].splitlines()[0]], GENERATE_COLUMNS)
     if row["gate"] not in ("passed", "none"):
         kind = "error" if "error" in row else "exact_error"  # the float32 gate comes first
-        return _padded([*cells, f"{_error(row[kind])} > {_error(row[f'allowed_{kind}'])}: WRONG"])
+        return _padded([*cells, f"{_error(row[kind])} > {_error(row[f'allowed_{kind}'])}: WRONG"], GENERATE_COLUMNS)
     gated = f"{_error(row['error'])} < {_error(row['allowed_error'])}" if row["gate"] == "passed" else "another rule"
     cells.append(gated)
     decode, cache = row["decode"], row["cache"]
@@ -170,8 +177,8 @@ def _generate_row(row: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _padded(cells: list[str]) -> list[str]:
-    return [*cells, *[""] * (len(GENERATE_COLUMNS) - len(cells))]
+def _padded(cells: list[str], columns: Sequence[str]) -> list[str]:
+    return [*cells, *[""] * (len(columns) - len(cells))]
 
 
 def _error(value: float | None) -> str:
