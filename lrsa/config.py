@@ -345,6 +345,7 @@ class BenchConf:
     largest_batch: bool = True  # also measure it; CUDA alone
     records: list[str] = field(default_factory=list)  # folders of earlier records: show these, measure nothing
     table: str | None = None  # also write the tables to this Markdown file
+    figure: str | None = None  # of mode=kernels: also draw them, to this path with .pdf and .png after it
     model: ModelConf = field(default_factory=ModelConf)  # of mode=step, generate; its dtype is generate's
     logger: LoggerConf = field(default_factory=LoggerConf)
 

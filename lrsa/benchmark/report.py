@@ -45,10 +45,14 @@ def of_records(records: Sequence[Record]) -> list[Report]:
 
 
 def _of_record(record: Record) -> Report:
+    return report(record.config["mode"], record.config, record.metrics["rows"], device_of(record))
+
+
+def device_of(record: Record) -> str:
+    """What it was measured on, for a title."""
     hardware, metrics = record.hardware, record.metrics
     on_gpu = metrics.get("device", record.config["device"]) == "cuda"
-    device = hardware["device"] if on_gpu else f"{hardware['cpu'] or 'CPU'}, {metrics['threads']} threads"
-    return report(record.config["mode"], record.config, metrics["rows"], device)
+    return hardware["device"] if on_gpu else f"{hardware['cpu'] or 'CPU'}, {metrics['threads']} threads"
 
 
 def write_reports(reports: Sequence[Report], path: Path, rebuild: str) -> None:
