@@ -129,7 +129,7 @@ def test_a_peer_is_gated_timed_and_recorded(stand_in: None, tmp_path: Path) -> N
     assert shown.rows[1][1:5] == ["4x16", "-", "-", "nsa"] and all(len(r) == len(shown.columns) for r in shown.rows)
 
 
-@pytest.mark.parametrize("wrong", ["output", "selection", "memory"])
+@pytest.mark.parametrize("wrong", ["output", "selection", "memory", "kernel"])
 def test_a_peer_that_is_wrong_or_does_not_fit_gets_no_time(wrong: str, stand_in: None, monkeypatch) -> None:
     package = sys.modules["fla.ops.nsa"]
     right, chosen = package.parallel_nsa, sys.modules["fla.ops.nsa.parallel"].parallel_nsa_topk
@@ -137,6 +137,8 @@ def test_a_peer_that_is_wrong_or_does_not_fit_gets_no_time(wrong: str, stand_in:
     def broken(*args, **kwargs):
         if wrong == "memory":
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 17 GiB")
+        if wrong == "kernel":
+            raise ImportError("flash-attn\nis a second line")
         return right(*args, **kwargs) * (1.05 if wrong == "output" else 1)
 
     monkeypatch.setattr(package, "parallel_nsa", broken)
@@ -146,8 +148,13 @@ def test_a_peer_that_is_wrong_or_does_not_fit_gets_no_time(wrong: str, stand_in:
         )
     conf = configured("peers=[nsa/4x16]", "dtype=bfloat16")
     (row,) = rows.run(conf, CPU)
-    said = {"output": "WRONG", "selection": "of its blocks right: WRONG", "memory": "out of memory"}[wrong]
-    assert "forward" not in row and row.get("gate") == (None if wrong == "memory" else "FAILED")
+    said = {
+        "output": "WRONG",
+        "selection": "of its blocks right: WRONG",
+        "memory": "out of memory",
+        "kernel": "ImportError: flash-attn",
+    }[wrong]
+    assert "forward" not in row and row.get("gate") == (None if wrong in ("memory", "kernel") else "FAILED")
     (cells,) = report("kernels", vars(conf), [row], "cpu").rows
     assert said in cells[5] and not any(cells[6:])
 

@@ -84,7 +84,7 @@ def _kernels_row(config: Mapping[str, Any], row: Mapping[str, Any]) -> list[str]
     keep = "-" if row["compression"] is None else f"1/{row['compression']:g}"
     cells = [f"{row['length']:,}", rule, _or_dash(row["lag"]), keep, form]
     if "failed" in row:
-        return _padded([*cells, row["failed"]], KERNEL_COLUMNS)
+        return _padded([*cells, row["failed"].splitlines()[0]], KERNEL_COLUMNS)
     if row["gate"] != "passed":
         return _padded([*cells, f"{_why_wrong(row)}: WRONG"], KERNEL_COLUMNS)
     cells += [f"{row['error']:.0e}", _ms(row["selection"]["median"]) if "selection" in row else ""]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,9 +14,11 @@ import torch
 from lrsa.benchmark.block_peers import moba, nsa
 from lrsa.benchmark.block_peers.blocks import Blocks
 from lrsa.benchmark.cases import cases
+from lrsa.benchmark.filled import free_memory
 from lrsa.benchmark.kernels import against_ideal, dense_kernels, make_inputs, measure, with_gradients
 from lrsa.config import BenchConf
 
+log = logging.getLogger(__name__)
 PEERS: dict[str, ModuleType] = {"nsa": nsa, "moba": moba}
 
 
@@ -70,7 +73,7 @@ def settings(conf: BenchConf) -> list[Setting]:
 
 
 def run(conf: BenchConf, device: torch.device) -> Iterator[dict[str, Any]]:
-    """One row a setting, fields as those of `lrsa.benchmark.kernels.run`; what does not fit into memory says so."""
+    """One row a setting, fields as those of `lrsa.benchmark.kernels.run`; what breaks off or does not fit says so."""
     for setting in settings(conf):
         peer = PEERS[setting.peer]
         row: dict[str, Any] = {"length": setting.length, "peer": setting.peer, "package": peer.package()}
@@ -80,6 +83,10 @@ def run(conf: BenchConf, device: torch.device) -> Iterator[dict[str, Any]]:
             row |= _measured(conf, setting, peer, device)
         except torch.OutOfMemoryError:
             row["failed"] = "out of memory"
+        except Exception as error:  # in code of others: what was measured stands, and the next one may do better
+            log.exception("%s %s at %s tokens broke off", setting.peer, setting.blocks, setting.length)
+            row["failed"] = f"{type(error).__name__}: {error}"
+        free_memory(device)
         yield row
 
 
