@@ -66,8 +66,5 @@ def dense(*args: Any, **kwargs: Any) -> Tensor:
 
 
 def _refuse(given: dict[str, Any]) -> None:
-    if unknown := {name: value for name, value in given.items() if PLAIN.get(name, unset) != value}:
+    if unknown := {name: value for name, value in given.items() if name not in PLAIN or PLAIN[name] != value}:
         raise TypeError(f"PyTorch's flash attention has no {unknown}: this fla-core is newer than this bridge to it")
-
-
-unset = object()
