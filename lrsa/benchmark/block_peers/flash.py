@@ -1,7 +1,7 @@
 """flash-attn 2's variable-length functions, under its names and arguments, on the kernels that PyTorch carries.
 
-`fla.ops.moba` calls two private functions of flash-attn 2, which PyPI has as source alone (hours of nvcc). PyTorch
-ships the same kernels. Where flash-attn is installed, it is used; where not, the module is handed these.
+`fla.ops.moba` calls two private functions of flash-attn 2, which PyPI has as source alone, to be built. PyTorch
+carries kernels of the same make. Where flash-attn is installed, it is used; where not, the module is handed these.
 """
 
 from __future__ import annotations
