@@ -339,6 +339,8 @@ class BenchConf:
     rounds: int = 5
     graphs: bool = False  # mode=kernels: replay CUDA graphs, so that no time is Python's; what a short length is worth
     compile: bool = False  # of mode=step: decoder layers as trainer.compile=true trains them
+    # of mode=kernels: nsa, moba of flash-linear-attention, at as many pairs as each case has, or as nsa/16x64 says
+    peers: list[str] = field(default_factory=list)
     # of mode=generate: dense, lrsa (at each of `compressions`), kvpress/<Press> (likewise)
     engines: list[str] = field(default_factory=lambda: ["dense", "lrsa"])
     decode_steps: int = 256  # of mode=generate, at least; whole chunks are timed
@@ -346,6 +348,7 @@ class BenchConf:
     largest_batch: bool = True  # also measure it; CUDA alone
     records: list[str] = field(default_factory=list)  # folders of earlier records: show these, measure nothing
     table: str | None = None  # also write the tables to this Markdown file
+    figure: str | None = None  # of mode=kernels: also draw them, to this path with .pdf and .png after it
     model: ModelConf = field(default_factory=ModelConf)  # of mode=step, generate; its dtype is generate's
     logger: LoggerConf = field(default_factory=LoggerConf)
 

@@ -71,7 +71,7 @@ def test_flash_attn_4_is_a_rival_where_it_runs(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(flash4, "kernels", lambda: stand_in)
     query = types.SimpleNamespace(device=torch.device("cuda"))
     monkeypatch.setattr(kernels, "dense_attention", lambda inputs, backend: lambda: cpu[0].sum())
-    monkeypatch.setattr(kernels, "with_backward", lambda function, inputs: function)
+    monkeypatch.setattr(kernels, "with_gradients", lambda function, inputs: function)
     found = kernels.dense_kernels((query, *cpu[1:]))
     assert sorted(found) == ["cudnn", "flash", "flash4"]
     found["flash4"]()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -43,10 +43,12 @@ def check_backends(conf: BenchConf, device: torch.device) -> None:
     """Before anything is measured.
 
     Raises:
-        ValueError: a backend that is unknown or cannot run here, and why; ``graphs`` without CUDA.
+        ValueError: a backend that is unknown or cannot run here, and why; ``graphs`` without CUDA, or with peers.
     """
     if conf.graphs and device.type != "cuda":
         raise ValueError(f"graphs=true captures CUDA graphs, the device is {device.type}: set graphs=false")
+    if conf.graphs and conf.peers:
+        raise ValueError(f"graphs=true with peers={conf.peers}: peers are not captured; leave one of them out")
     probe = torch.empty((1, 1, 1, conf.head_dim), dtype=getattr(torch, conf.dtype), device=device)
     for backend in conf.backends:
         choose_backend(backend, probe)
@@ -68,7 +70,7 @@ def gate(conf: BenchConf, config: SparseAttentionConfig, backend: str, device: t
     fast = _gradients(inputs, config, kept, backend)
     # The reference rounds once, at the end; a kernel in this dtype rounds the attention weights too.
     floor = 4 * torch.finfo(inputs[0].dtype).eps
-    return _error(fast, exact), max(2 * _error(plain, exact), floor)
+    return largest_error(fast, exact), max(2 * largest_error(plain, exact), floor)
 
 
 def _timed(
@@ -76,41 +78,68 @@ def _timed(
     config: SparseAttentionConfig,
     backend: str,
     inputs: tuple[Tensor, ...],
-    dense: dict[str, Callable[[], Tensor]],
+    dense: Mapping[str, Callable[[], Tensor]],
 ) -> dict[str, Any]:
-    device = inputs[0].device
-
     query, key, value = inputs[:3]
+    tokens = query.shape[2]
 
     def sparse() -> Tensor:
         return sparse_attention(query, key, value, config, backend=backend)
 
-    def prepared(functions: dict[str, Callable[[], Any]]) -> dict[str, Callable[[], object]]:
-        return {name: captured(f, device) for name, f in functions.items()} if conf.graphs else dict(functions)
-
-    functions = {**dense, "sparse": sparse}
-    with torch.no_grad():
-        forward = compare(prepared(functions), conf.rounds, device)
-    both = compare(prepared({name: with_backward(f, inputs) for name, f in functions.items()}), conf.rounds, device)
-
     def choose() -> Tensor:
         # With gradients on, as in training, where scoring is compiled.
-        partitions = config.geometry.selected_partitions(query.shape[2])
-        return select(key, value, config, partitions, query=query)
+        return select(key, value, config, config.geometry.selected_partitions(tokens), query=query)
 
-    row: dict[str, Any] = {
-        "selection": vars(compare(prepared({"selection": choose}), conf.rounds, device)["selection"])
-    }
+    row = measure(sparse, inputs, dense, inputs, conf.rounds, graphs=conf.graphs)
+    selection = prepared({"selection": choose}, query.device, conf.graphs)
+    row["selection"] = vars(compare(selection, conf.rounds, query.device)["selection"])
+    return row | against_ideal(config.geometry.pairs(tokens), tokens)
+
+
+def measure(
+    sparse: Callable[[], Tensor],
+    inputs: tuple[Tensor, ...],
+    dense: Mapping[str, Callable[[], Tensor]],
+    dense_inputs: tuple[Tensor, ...],
+    rounds: int,
+    *,
+    graphs: bool = False,
+) -> dict[str, Any]:
+    """Times of ``sparse`` and of every dense kernel, taking turns, and peak bytes; the speed-up is over the fastest.
+
+    Args:
+        inputs: what ``sparse`` computes from, three leaves, and its output's gradient; the layout is its own.
+        dense_inputs: likewise, of the dense kernels.
+        graphs: time replays of CUDA graphs.
+    """
+    device = inputs[0].device
+    functions = {**dense, "sparse": sparse}
+    passes = {name: with_gradients(f, dense_inputs) for name, f in dense.items()}
+    passes["sparse"] = with_gradients(sparse, inputs)
+    with torch.no_grad():
+        forward = compare(prepared(functions, device, graphs), rounds, device)
+    both = compare(prepared(passes, device, graphs), rounds, device)
+    row: dict[str, Any] = {}
     for name, times in (("forward", forward), ("forward_backward", both)):
-        best = min((n for n in times if n != "sparse"), key=lambda n: times[n].median)
+        best = min(dense, key=lambda n: times[n].median)
         row[name] = {n: vars(t) for n, t in times.items()}
         row[f"{name}_dense"] = best
         row[f"{name}_speedup"] = times[best].median / times["sparse"].median
-    tokens = inputs[0].shape[2]
-    row["ideal_speedup"] = tokens * (tokens + 1) / 2 / config.geometry.pairs(tokens)
-    row["peak_memory"] = peak_memory(with_backward(sparse, inputs), device)
-    row["peak_memory_dense"] = peak_memory(with_backward(dense[row["forward_backward_dense"]], inputs), device)
+    row["peak_memory"] = peak_memory(passes["sparse"], device)
+    row["peak_memory_dense"] = peak_memory(passes[row["forward_backward_dense"]], device)
     return row
+
+
+def prepared(
+    functions: Mapping[str, Callable[[], object]], device: torch.device, graphs: bool
+) -> dict[str, Callable[[], object]]:
+    """What is timed: the functions themselves, or their CUDA graphs."""
+    return {name: captured(f, device) if graphs else f for name, f in functions.items()}
+
+
+def against_ideal(pairs: int, tokens: int) -> dict[str, float]:
+    """Fields of a row: keys that a query attends on average, and the speed-up that so many would give."""
+    return {"keys_per_query": pairs / tokens, "ideal_speedup": tokens * (tokens + 1) / 2 / pairs}
 
 
 def make_inputs(conf: BenchConf, length: int, device: torch.device) -> tuple[Tensor, ...]:
@@ -130,7 +159,7 @@ def dense_kernels(inputs: tuple[Tensor, ...]) -> dict[str, Callable[[], Tensor]]
     found: dict[str, Callable[[], Tensor]] = {}
     for name, backend in (("cudnn", SDPBackend.CUDNN_ATTENTION), ("flash", SDPBackend.FLASH_ATTENTION)):
         try:
-            with_backward(dense_attention(inputs, backend), inputs)()
+            with_gradients(dense_attention(inputs, backend), inputs)()
             found[name] = dense_attention(inputs, backend)
         except RuntimeError:  # not built in, or not for this shape and dtype
             continue
@@ -153,7 +182,8 @@ def dense_attention(inputs: tuple[Tensor, ...], backend: SDPBackend | None = Non
     return attend
 
 
-def with_backward(function: Callable[[], Tensor], inputs: tuple[Tensor, ...]) -> Callable[[], object]:
+def with_gradients(function: Callable[[], Tensor], inputs: tuple[Tensor, ...]) -> Callable[[], object]:
+    """Forward and backward: ``inputs`` are three leaves and the output's gradient."""
     return lambda: torch.autograd.grad(function(), inputs[:3], inputs[3])
 
 
@@ -165,5 +195,6 @@ def _gradients(
     return out.detach(), *torch.autograd.grad(out, (query, key, value), inputs[3])
 
 
-def _error(found: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> float:
+def largest_error(found: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> float:
+    """The largest of the relative errors, each in the Euclidean norm."""
     return max(float((f.double() - e).norm() / e.norm()) for f, e in zip(found, exact, strict=True))

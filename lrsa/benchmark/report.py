@@ -45,10 +45,14 @@ def of_records(records: Sequence[Record]) -> list[Report]:
 
 
 def _of_record(record: Record) -> Report:
+    return report(record.config["mode"], record.config, record.metrics["rows"], device_of(record))
+
+
+def device_of(record: Record) -> str:
+    """What it was measured on, for a title."""
     hardware, metrics = record.hardware, record.metrics
     on_gpu = metrics.get("device", record.config["device"]) == "cuda"
-    device = hardware["device"] if on_gpu else f"{hardware['cpu'] or 'CPU'}, {metrics['threads']} threads"
-    return report(record.config["mode"], record.config, metrics["rows"], device)
+    return hardware["device"] if on_gpu else f"{hardware['cpu'] or 'CPU'}, {metrics['threads']} threads"
 
 
 def write_reports(reports: Sequence[Report], path: Path, rebuild: str) -> None:
@@ -58,47 +62,51 @@ def write_reports(reports: Sequence[Report], path: Path, rebuild: str) -> None:
     write_atomically(path, f"<!-- Generated, do not edit. Rebuild: {rebuild} -->\n\n{text}".encode())
 
 
+KERNEL_COLUMNS = (
+    "T", "scorer", "L", "keep", "form", "error", "select ms", "fwd ms", "gain", "of ideal", "fwd+bwd ms", "gain",
+    "of ideal", "ideal", "keys", "peak GiB", "memory",
+)  # fmt: skip
+
+
 def _kernels(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], device: str) -> Report:
-    """Medians in ms, dense (the fastest kernel there) -> sparse; an implementation that is wrong gets no time."""
+    """Medians in ms, dense (the fastest kernel there) -> sparse; an implementation that is wrong gets no time. ``keys``
+    are those that a query attends on average, the peak is that of forward and backward, and ``memory`` what
+    it is beyond dense attention's, in bytes of all keys and values."""
     shape = f"batch {config['batch_size']}, {config['query_heads']}/{config['key_value_heads']} heads"
     how = ", CUDA graphs" if config.get("graphs") else ""
     title = f"Attention, dense->sparse, {shape}, D {config['head_dim']}, {config['dtype']}, {device}{how}"
-    columns = [
-        "T",
-        "scorer",
-        "L",
-        "keep",
-        "form",
-        "error",
-        "select ms",
-        "fwd ms",
-        "gain",
-        "of ideal",
-        "fwd+bwd ms",
-        "gain",
-        "of ideal",
-        "ideal",
-        "memory",
-    ]
-    table = []
-    for row in rows:
-        cells = [f"{row['length']:,}", _scorer(config, row), str(row["lag"]), f"1/{row['compression']:g}"]
-        cells.append(row["backend"])
-        if row["gate"] != "passed":
-            missing = [""] * (len(columns) - len(cells) - 1)
-            table.append([*cells, f"{row['error']:.0e} > {row['allowed_error']:.0e}: WRONG", *missing])
-            continue
-        cells += [f"{row['error']:.0e}", _ms(row["selection"]["median"]) if "selection" in row else ""]
-        for name in ("forward", "forward_backward"):
-            dense, sparse = (row[name][kernel]["median"] for kernel in (row[f"{name}_dense"], "sparse"))
-            gain, ideal = row[f"{name}_speedup"], row["ideal_speedup"]
-            cells += [f"{_ms(dense)}->{_ms(sparse)}", f"{gain:.2f}x", f"{gain / ideal:.2f}"]
-        table.append([*cells, f"{row['ideal_speedup']:.2f}x", _memory(config, row)])
-    return Report(title, columns, table)
+    return Report(title, KERNEL_COLUMNS, [_kernels_row(config, row) for row in rows])
+
+
+def _kernels_row(config: Mapping[str, Any], row: Mapping[str, Any]) -> list[str]:
+    if "peer" in row:
+        rule, form = f"{row['blocks']}x{row['block_size']}", row["peer"]
+    else:
+        rule, form = _scorer(config, row), row["backend"]
+    keep = "-" if row["compression"] is None else f"1/{row['compression']:g}"
+    cells = [f"{row['length']:,}", rule, _or_dash(row["lag"]), keep, form]
+    if "failed" in row:
+        return _padded([*cells, row["failed"].splitlines()[0]], KERNEL_COLUMNS)
+    if row["gate"] != "passed":
+        return _padded([*cells, f"{_why_wrong(row)}: WRONG"], KERNEL_COLUMNS)
+    cells += [f"{row['error']:.0e}", _ms(row["selection"]["median"]) if "selection" in row else ""]
+    for name in ("forward", "forward_backward"):
+        dense, sparse = (row[name][kernel]["median"] for kernel in (row[f"{name}_dense"], "sparse"))
+        gain, ideal = row[f"{name}_speedup"], row["ideal_speedup"]
+        cells += [f"{_ms(dense)}->{_ms(sparse)}", f"{gain:.2f}x", f"{gain / ideal:.2f}"]
+    memory = [row.get("peak_memory_dense"), row.get("peak_memory")]
+    peak = "-" if None in memory else "->".join(_gib(count) for count in memory)
+    keys = (row["length"] + 1) / 2 / row["ideal_speedup"]
+    return [*cells, f"{row['ideal_speedup']:.2f}x", f"{keys:,.0f}", peak, _memory(config, row)]
+
+
+def _why_wrong(row: Mapping[str, Any]) -> str:
+    if row["error"] <= row["allowed_error"]:  # then it chose otherwise than its reference; a NaN is an error
+        return f"{row['selection_agreement']:.0%} of its blocks right"
+    return f"{row['error']:.0e} > {row['allowed_error']:.0e}"
 
 
 def _memory(config: Mapping[str, Any], row: Mapping[str, Any]) -> str:
-    """Peak of forward+backward beyond dense attention's, in bytes of all keys and values."""
     if row.get("peak_memory") is None:
         return "-"
     size = 4 if config["dtype"] == "float32" else 2
@@ -174,10 +182,10 @@ GENERATE_COLUMNS = (
 def _generate_row(row: Mapping[str, Any]) -> list[str]:
     cells = [f"{row['length']:,}", _or_dash(row["lag"]), row["engine"], _or_dash(row["batch"])]
     if "failed" in row:
-        return _padded([*cells, row["failed"].splitlines()[0]])
+        return _padded([*cells, row["failed"].splitlines()[0]], GENERATE_COLUMNS)
     if row["gate"] not in ("passed", "none"):
         kind = "error" if "error" in row else "exact_error"  # the float32 gate comes first
-        return _padded([*cells, f"{_error(row[kind])} > {_error(row[f'allowed_{kind}'])}: WRONG"])
+        return _padded([*cells, f"{_error(row[kind])} > {_error(row[f'allowed_{kind}'])}: WRONG"], GENERATE_COLUMNS)
     gated = f"{_error(row['error'])} < {_error(row['allowed_error'])}" if row["gate"] == "passed" else "another rule"
     cells.append(gated)
     decode, cache = row["decode"], row["cache"]
@@ -199,8 +207,8 @@ def _generate_row(row: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _padded(cells: list[str]) -> list[str]:
-    return [*cells, *[""] * (len(GENERATE_COLUMNS) - len(cells))]
+def _padded(cells: list[str], columns: Sequence[str]) -> list[str]:
+    return [*cells, *[""] * (len(columns) - len(cells))]
 
 
 def _error(value: float | None) -> str:

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from lrsa.attention import SparseAttentionConfig, sparse_attention
 from lrsa.benchmark.cases import cases
-from lrsa.benchmark.kernels import dense_attention, make_inputs, with_backward
+from lrsa.benchmark.kernels import dense_attention, make_inputs, with_gradients
 from lrsa.benchmark.timing import Timing, compare, peak_memory
 from lrsa.config import BenchConf
 from lrsa.models import build_model, set_attention, target_logits
@@ -63,7 +63,7 @@ def _attention(
     def attend() -> torch.Tensor:
         return sparse_attention(query, key, value, sparse, backend=conf.backends[0])
 
-    functions = {"dense": with_backward(dense_attention(inputs), inputs), "sparse": with_backward(attend, inputs)}
+    functions = {"dense": with_gradients(dense_attention(inputs), inputs), "sparse": with_gradients(attend, inputs)}
     times = compare(functions, conf.rounds, device)
     layers, step = config.num_hidden_layers, steps["dense"].median
     saved = layers * (times["dense"].median - times["sparse"].median)
