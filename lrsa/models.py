@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from lrsa.attention import BACKENDS, SparseAttentionConfig, checkpoint_contexts
+from lrsa.attention.compiled import prepare, whole_rows
 from lrsa.attention.config import ONCE
 from lrsa.attention.documents import find_documents
 from lrsa.attention.huggingface import NAME, check_architecture
@@ -172,6 +173,7 @@ def set_attention(model: nn.Module, attention: SparseAttentionConfig | None, *, 
                 "attention needs full ones: load it with sliding_window=None in its config"
             )
         setattr(config, NAME, attention.to_dict())
+    prepare(base, attention, config.num_hidden_layers)
     if backend is not None:
         for module in base.modules():
             if hasattr(module, "layer_idx"):
@@ -260,7 +262,7 @@ def target_logits(
                     "target: what is before it belongs to another document"
                 )
     attention = get_attention(model)
-    arguments = _document_arguments(model, document_ids)
+    arguments = _document_arguments(model, input_ids, document_ids)
     if attention is not None and attention.reads_prompt_lengths:
         if attention.schedule == ONCE:
             _refuse_several_answers(answer_mask)
@@ -288,9 +290,10 @@ def _refuse_several_answers(answer_mask: Tensor) -> None:
         )
 
 
-def _document_arguments(model: nn.Module, document_ids: Tensor | None) -> dict[str, Tensor]:
+def _document_arguments(model: nn.Module, input_ids: Tensor, document_ids: Tensor | None) -> dict[str, Any]:
     if document_ids is None:
-        return {}
+        sparse = get_attention(model) is not None
+        return {"whole_rows": whole_rows(_base(model), input_ids.shape[1], input_ids.device)} if sparse else {}
     documents = find_documents(document_ids)
     single = len(documents) == len(document_ids) and all(d.start == 0 for d in documents)
     if get_attention(model) is not None:
