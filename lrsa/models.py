@@ -236,7 +236,8 @@ def target_logits(
 
     Args:
         input_ids: ``[B, T]`` int64.
-        answer_mask: bool ``[B, T]``, True at targets; a row's first token cannot be one.
+        answer_mask: bool ``[B, T]``, True at targets; a row's first token cannot be one. On the CPU it costs no wait
+            for the device: how many targets there are is known without asking.
         document_ids: ``[B, T]`` int64, -1 at pads; None where no row is padded or packed.
 
     To an attention that asks, a row's prompt ends where its first answer begins, its only one under schedule
@@ -249,6 +250,7 @@ def target_logits(
         ValueError: a target at a row's first token, which nothing predicts; several answers in a row that is compressed
             once, at the end of its prompt.
     """
+    answer_mask, device = answer_mask.cpu(), input_ids.device
     if answer_mask[:, 0].any():
         rows = answer_mask[:, 0].nonzero()[:, 0].tolist()
         raise ValueError(
@@ -266,12 +268,13 @@ def target_logits(
     if attention is not None and attention.reads_prompt_lengths:
         if attention.schedule == ONCE:
             _refuse_several_answers(answer_mask)
-        arguments["prompt_lengths"] = _prompt_lengths(answer_mask, document_ids)
-    answer_mask = answer_mask[:, 1:]
-    columns = answer_mask.any(0).nonzero()[:, 0]  # positions of which some row needs the prediction
-    outputs = model(input_ids=input_ids, logits_to_keep=columns, use_cache=False, **arguments)
-    wanted = answer_mask[:, columns]
-    return outputs.logits[wanted].float(), input_ids[:, 1:][answer_mask]
+        arguments["prompt_lengths"] = _prompt_lengths(answer_mask.to(device), document_ids)
+    wanted = answer_mask[:, 1:].nonzero(as_tuple=True)
+    # `read`: positions of which some row needs the prediction; `places`: where among them it is
+    found = *wanted, *wanted[1].unique(return_inverse=True)
+    rows, columns, read, places = (x.to(device, non_blocking=True) for x in found)
+    outputs = model(input_ids=input_ids, logits_to_keep=read, use_cache=False, **arguments)
+    return outputs.logits[rows, places].float(), input_ids[rows, columns + 1]
 
 
 def _prompt_lengths(answer_mask: Tensor, document_ids: Tensor | None) -> Tensor:
