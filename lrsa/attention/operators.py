@@ -22,7 +22,8 @@ _LIBRARY = torch.library.Library("lrsa", "FRAGMENT")
 def _select_in_layer(
     key: Tensor, value: Tensor, query: Tensor | None, layer: Tensor, config: str, partitions: int, scale: float
 ) -> Tensor:
-    return torch.ops.lrsa.select(key, value, query, config, partitions, 0, 0, int(layer), scale)
+    with torch.enable_grad():  # off in what is compiled; scores are to be those of the same step uncompiled
+        return torch.ops.lrsa.select(key, value, query, config, partitions, 0, 0, int(layer), scale)
 
 
 def _select_in_layer_shape(

@@ -10,7 +10,7 @@ from torch.nn.attention import flex_attention
 from transformers import PreTrainedModel
 
 import lrsa.models
-from lrsa.attention import SparseAttentionConfig, compiled, flash4, flex, operators
+from lrsa.attention import SparseAttentionConfig, compiled, flash4, flex, operators, selection
 from lrsa.attention.dense import attend_dense, attend_dense_backward
 from lrsa.models import load_model, set_attention, target_logits
 from tests.attention import block_sparse
@@ -117,6 +117,17 @@ def test_the_gradient_of_the_first_tokens_is_autograds() -> None:
     expected = torch.autograd.grad(attend_dense(query, key, value, 0.3), (query, key, value), grad)
     for one, other in zip(attend_dense_backward(grad, query, key, value, 0.3), expected, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_a_compiled_layer_scores_as_a_training_step_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU scores are compiled with gradients on, and are not without."""
+    modes, scoring = [], selection.scoring
+    monkeypatch.setattr(selection, "scoring", lambda key: modes.append(torch.is_grad_enabled()) or scoring(key))
+    model = load_model("fresh", None, config=SHAPE).train()
+    gradients(model, PUBLISHED, "gather")
+    compile_layers(model)
+    gradients(model, PUBLISHED, "gather")
+    assert modes == [True] * 6
 
 
 def test_layers_are_told_their_own_config() -> None:
