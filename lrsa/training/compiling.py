@@ -16,6 +16,7 @@ import logging
 from collections.abc import Iterator
 
 import torch
+import transformers
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -35,13 +36,19 @@ def compiled_layers(model: nn.Module) -> Iterator[None]:
     """Inside, the decoder layers of `model` run compiled, for one shape each of batch and length.
 
     Raises:
-        ValueError: a model without transformers' decoder layers.
+        ValueError: a model without transformers' decoder layers; activation checkpointing around what is compiled.
         torch._dynamo.exc.FailOnRecompileLimitHit: inside, where `RECOMPILE_LIMIT` variants were compiled and another is
             asked for, instead of going on slowly without a word.
     """
     layers = decoder_layers(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no decoder layers that trainer.compile=true could compile")
+    if "__call__" in vars(GradientCheckpointingLayer) and any(layer.gradient_checkpointing for layer in layers):
+        raise ValueError(
+            f"trainer.compile=true with model.gradient_checkpointing=true: transformers {transformers.__version__} "
+            "recomputes a compiled layer with its selection, where 5.23 checkpoints inside; upgrade transformers, "
+            "or set one of them false"
+        )
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, RECOMPILE_LIMIT)  # for good, as FlexAttention's users need it
     for layer in layers:

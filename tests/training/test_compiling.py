@@ -239,6 +239,18 @@ def test_too_many_variants_are_an_error_not_a_slow_run(make_model: ModelMaker) -
     assert not torch._dynamo.config.fail_on_recompile_limit_hit
 
 
+def test_checkpoints_around_compiled_layers_are_refused(
+    make_model: ModelMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where older transformers put them: a layer that is computed again would select again."""
+    monkeypatch.setattr(compiling.GradientCheckpointingLayer, "__call__", nn.Module.__call__, raising=False)
+    with compiled_layers(make_model()):
+        pass
+    message = r"trainer\.compile=true with model\.gradient_checkpointing=true: transformers .* upgrade"
+    with pytest.raises(ValueError, match=message), compiled_layers(make_model(gradient_checkpointing=True)):
+        pass
+
+
 def test_a_model_without_decoder_layers_is_refused() -> None:
     with (
         pytest.raises(ValueError, match=r"Linear has no decoder layers that trainer\.compile=true could compile"),
