@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from lrsa.attention import BACKENDS, SparseAttentionConfig, checkpoint_contexts
+from lrsa.attention.compiled import prepare, whole_rows
 from lrsa.attention.config import ONCE
 from lrsa.attention.documents import find_documents
 from lrsa.attention.huggingface import NAME, check_architecture
@@ -172,6 +173,7 @@ def set_attention(model: nn.Module, attention: SparseAttentionConfig | None, *, 
                 "attention needs full ones: load it with sliding_window=None in its config"
             )
         setattr(config, NAME, attention.to_dict())
+    prepare(base, attention, config.num_hidden_layers)
     if backend is not None:
         for module in base.modules():
             if hasattr(module, "layer_idx"):
@@ -234,7 +236,8 @@ def target_logits(
 
     Args:
         input_ids: ``[B, T]`` int64.
-        answer_mask: bool ``[B, T]``, True at targets; a row's first token cannot be one.
+        answer_mask: bool ``[B, T]``, True at targets; a row's first token cannot be one. On the CPU it costs no wait
+            for the device: how many targets there are is known without asking.
         document_ids: ``[B, T]`` int64, -1 at pads; None where no row is padded or packed.
 
     To an attention that asks, a row's prompt ends where its first answer begins, its only one under schedule
@@ -247,6 +250,7 @@ def target_logits(
         ValueError: a target at a row's first token, which nothing predicts; several answers in a row that is compressed
             once, at the end of its prompt.
     """
+    answer_mask, device = answer_mask.cpu(), input_ids.device
     if answer_mask[:, 0].any():
         rows = answer_mask[:, 0].nonzero()[:, 0].tolist()
         raise ValueError(
@@ -260,16 +264,17 @@ def target_logits(
                     "target: what is before it belongs to another document"
                 )
     attention = get_attention(model)
-    arguments = _document_arguments(model, document_ids)
+    arguments = _document_arguments(model, input_ids, document_ids)
     if attention is not None and attention.reads_prompt_lengths:
         if attention.schedule == ONCE:
             _refuse_several_answers(answer_mask)
-        arguments["prompt_lengths"] = _prompt_lengths(answer_mask, document_ids)
-    answer_mask = answer_mask[:, 1:]
-    columns = answer_mask.any(0).nonzero()[:, 0]  # positions of which some row needs the prediction
-    outputs = model(input_ids=input_ids, logits_to_keep=columns, use_cache=False, **arguments)
-    wanted = answer_mask[:, columns]
-    return outputs.logits[wanted].float(), input_ids[:, 1:][answer_mask]
+        arguments["prompt_lengths"] = _prompt_lengths(answer_mask.to(device), document_ids)
+    wanted = answer_mask[:, 1:].nonzero(as_tuple=True)
+    # `read`: positions of which some row needs the prediction; `places`: where among them it is
+    found = *wanted, *wanted[1].unique(return_inverse=True)
+    rows, columns, read, places = (x.to(device, non_blocking=True) for x in found)
+    outputs = model(input_ids=input_ids, logits_to_keep=read, use_cache=False, **arguments)
+    return outputs.logits[rows, places].float(), input_ids[rows, columns + 1]
 
 
 def _prompt_lengths(answer_mask: Tensor, document_ids: Tensor | None) -> Tensor:
@@ -288,9 +293,10 @@ def _refuse_several_answers(answer_mask: Tensor) -> None:
         )
 
 
-def _document_arguments(model: nn.Module, document_ids: Tensor | None) -> dict[str, Tensor]:
+def _document_arguments(model: nn.Module, input_ids: Tensor, document_ids: Tensor | None) -> dict[str, Any]:
     if document_ids is None:
-        return {}
+        sparse = get_attention(model) is not None
+        return {"whole_rows": whole_rows(_base(model), input_ids.shape[1], input_ids.device)} if sparse else {}
     documents = find_documents(document_ids)
     single = len(documents) == len(document_ids) and all(d.start == 0 for d in documents)
     if get_attention(model) is not None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, masking_utils
 
 from lrsa import models
 from lrsa.attention import SparseAttentionConfig, huggingface
@@ -267,6 +268,23 @@ def test_a_gguf_file_is_read_once_a_process_and_each_model_is_its_own(monkeypatc
 
 
 # ------------------------------------------------------------------ target logits
+
+
+@pytest.mark.parametrize("attention", [None, CONFIG], ids=["dense", "sparse"])
+def test_a_pass_over_whole_rows_never_asks_the_device(attention, monkeypatch):
+    """On ``meta`` nothing has a value: who looks at one fails."""
+    # transformers' own search for packed rows, once a pass.
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # it does not know this device
+    monkeypatch.setattr(torch, "autocast", lambda *given, **options: contextlib.nullcontext())
+    model = fresh(attention, backend="gather").to("meta")
+    answers = torch.zeros((2, 40), dtype=torch.bool)
+    answers[0, 5:8] = answers[1, 30:] = True
+    found, targets = target_logits(model, tokens(2, 40).to("meta"), answers)
+    torch.nn.functional.cross_entropy(found, targets).backward()
+    assert found.shape == (13, model.config.vocab_size) and targets.shape == (13,)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        target_logits(model, tokens(2, 40).to("meta"), answers.to("meta"))
 
 
 @pytest.mark.parametrize("attention", [None, CONFIG], ids=["dense", "sparse"])

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lrsa.attention import blocks, rows
 from lrsa.attention.blocks import WALK, Layout, Walk
-from lrsa.attention.dense import attend_dense
+from lrsa.attention.dense import attend_dense, attend_dense_backward
 from lrsa.attention.layout import Geometry
 from lrsa.attention.rows import Plan
 
@@ -78,10 +78,15 @@ def attend(
 ) -> Tensor:
     """``query [B, Hq, T, D]``, ``key``/``value`` ``[B, H, T, D]``, ``index [B, H, P * K]`` of at least one partition,
     ``gate`` likewise, a factor of the kept values -> ``[B, Hq, T, D]``. ``walk``: of the backward pass."""
+    layout = layout_of(query, geometry, walk)
+    return Attention.apply(query, key, value, index, gate, layout, scale)
+
+
+def layout_of(query: Tensor, geometry: Geometry, walk: Walk = WALK) -> Layout:
+    """What the kernels are told for ``query [B, Hq, T, D]``."""
     query_block, processors = _device(query.device)
     heads = query.shape[0] * query.shape[1] / processors
-    layout = blocks.layout(geometry, query.shape[2], query.device, walk, heads, query_block)
-    return _Attention.apply(query, key, value, index, gate, layout, scale)
+    return blocks.layout(geometry, query.shape[2], query.device, walk, heads, query_block)
 
 
 def _device(device: torch.device) -> tuple[int, int]:
@@ -95,7 +100,7 @@ def kernels() -> ModuleType:
     return importlib.import_module("lrsa.attention.flash4_kernels")
 
 
-class _Attention(torch.autograd.Function):
+class Attention(torch.autograd.Function):
     """The rows of keys are made anew in the backward pass, where their gradients take their place: what they hold is as
     much as keys and values, and is not kept."""
 
@@ -128,10 +133,8 @@ class _Attention(torch.autograd.Function):
         kernels().backward(*ours, *(x.transpose(1, 2) for x in made), log_sum, layout, ctx.scale)
         grad_key, grad_value, grad_gate = rows.scatter(*made, key, value, index, plan, gate)
         if sink:
-            with torch.enable_grad():
-                q, k, v = (x[:, :, :sink].detach().requires_grad_() for x in (query, key, value))
-                first = attend_dense(q, k, v, ctx.scale)
-            grad_q, grad_k, grad_v = torch.autograd.grad(first, (q, k, v), grad_out[:, :, :sink])
+            grad, q, k, v = (x[:, :, :sink] for x in (grad_out, query, key, value))
+            grad_q, grad_k, grad_v = attend_dense_backward(grad, q, k, v, ctx.scale)
             grad_query[:, :, :sink] = grad_q
             grad_key[:, :, :sink] += grad_k
             grad_value[:, :, :sink] += grad_v

@@ -36,23 +36,29 @@ def attend(
     geometry: Geometry,
     scale: float,
     gate: Tensor | None = None,
+    layout: Layout | None = None,
 ) -> Tensor:
     """``query [B, Hq, T, D]``, ``key``/``value`` ``[B, H, T, D]``, ``index [B, H, P * K]``, ``gate`` likewise, a factor
-    of the kept values, in training alone -> ``[B, Hq, T, D]``."""
+    of the kept values, in training alone -> ``[B, Hq, T, D]``. Within what is compiled already, ``layout`` is
+    `layout_of` this, made outside."""
     tokens = query.shape[2]
     padded = padded_length(tokens)
     if not torch.is_grad_enabled():  # partitions that padded queries alone see: any entry will do
         missing = geometry.selected_partitions(padded) * geometry.kept - index.shape[-1]
         index = torch.nn.functional.pad(index, (0, missing))
-    layout = _layout(geometry, padded, geometry.sink + index.shape[-1], query.device)
+    inside = layout is not None
+    if layout is None:
+        layout = _layout(geometry, padded, geometry.sink + index.shape[-1], query.device)
 
     # Padded outside of what is compiled, so that lengths of one number of blocks share a kernel.
     query, key, value = (torch.nn.functional.pad(x, (0, 0, 0, padded - tokens)) for x in (query, key, value))
     length = layout.raw_offset + padded
-    if not torch.is_grad_enabled() and query.shape[0] > 1:  # prompts come in groups of any size, training in batches
+    # Prompts come in groups of any size, training in batches.
+    if not inside and not torch.is_grad_enabled() and query.shape[0] > 1:
         for x in (query, key, value, index):
             torch._dynamo.maybe_mark_dynamic(x, 0)
-    out = _compiled()(query, key, value, index, layout.mask, geometry.sink, layout.raw_offset, length, scale, gate)
+    fused = _fused if inside else _compiled()
+    out = fused(query, key, value, index, layout.mask, geometry.sink, layout.raw_offset, length, scale, gate)
     return out[:, :, :tokens]
 
 
@@ -128,15 +134,22 @@ def _compiled():
     return torch.compile(_fused, dynamic=False)
 
 
-class _Layout:
+class Layout:
     """Where the raw keys start (``raw_offset``), and the block mask."""
 
     def __init__(self, mask: BlockMask, raw_offset: int) -> None:
         self.mask, self.raw_offset = mask, raw_offset
 
 
+def layout_of(geometry: Geometry, tokens: int, device: torch.device) -> Layout:
+    """For rows of ``tokens`` tokens, with or without gradients as they are on now."""
+    padded = padded_length(tokens)
+    partitions = geometry.selected_partitions(tokens if torch.is_grad_enabled() else padded)
+    return _layout(geometry, padded, geometry.buffer_size(partitions), device)
+
+
 @functools.lru_cache(maxsize=64)
-def _layout(geometry: Geometry, tokens: int, used: int, device: torch.device) -> _Layout:
+def _layout(geometry: Geometry, tokens: int, used: int, device: torch.device) -> Layout:
     """``tokens`` a multiple of the block; ``used`` entries of the buffer hold a key."""
     raw_offset = -(-used // BLOCK) * BLOCK
     kept_stop = torch.zeros(tokens, dtype=torch.int32)  # a query sees buffer entries [0, kept_stop)
@@ -173,4 +186,4 @@ def _layout(geometry: Geometry, tokens: int, used: int, device: torch.device) ->
     mask = BlockMask.from_kv_blocks(
         *pack(some & ~full), *pack(full), BLOCK_SIZE=BLOCK, mask_mod=mask_mod, seq_lengths=(tokens, raw_offset + tokens)
     )
-    return _Layout(mask, raw_offset)
+    return Layout(mask, raw_offset)

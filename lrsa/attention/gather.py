@@ -30,11 +30,11 @@ def attend(
 ) -> Tensor:
     """``query [B, Hq, T, D]``, ``key``/``value`` ``[B, H, T, D]``, ``index [B, H, P * K]``, ``gate`` likewise, a factor
     of the kept values -> ``[B, Hq, T, D]``."""
-    buffers = _buffer(key, index, geometry), _buffer(value, index, geometry, gate)
-    return _SpanAttention.apply(query, key, value, *buffers, geometry, scale)
+    buffers = buffer(key, index, geometry), buffer(value, index, geometry, gate)
+    return SpanAttention.apply(query, key, value, *buffers, geometry, scale)
 
 
-def _buffer(x: Tensor, index: Tensor, geometry: Geometry, gate: Tensor | None = None) -> Tensor:
+def buffer(x: Tensor, index: Tensor, geometry: Geometry, gate: Tensor | None = None) -> Tensor:
     """``[sinks | kept]``: ``[B, H, S + P * K, D]``."""
     kept = x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[-1]))
     if gate is not None:
@@ -42,7 +42,7 @@ def _buffer(x: Tensor, index: Tensor, geometry: Geometry, gate: Tensor | None = 
     return torch.cat([x[:, :, : geometry.sink], kept], 2)
 
 
-class _SpanAttention(torch.autograd.Function):
+class SpanAttention(torch.autograd.Function):
     """Span by span. A span's keys are cut again in the backward pass: saving them would take O(T^2) memory."""
 
     @staticmethod
@@ -50,30 +50,32 @@ class _SpanAttention(torch.autograd.Function):
         ctx.geometry, ctx.scale = geometry, scale
         out = torch.empty_like(query)
         bias = _Bias(query, key, _spans(geometry, query.shape[2]))
-        sums = []  # log-sum-exp of each span's logits, where the kernel hands it out: T numbers a head in all
+        sums: list[Tensor] = []  # log-sum-exp of each span's logits, where the kernel hands it out
         for span, kept, raw_start in _spans(geometry, query.shape[2]):
             rows = slice(span.start, span.stop)
             k = _keys(key, key_buffer, kept, raw_start, span)
             v = _keys(value, value_buffer, kept, raw_start, span)
             stacked, log_sum = _forward(_stack(query[:, :, rows], k), k, v, bias(span, k.shape[2]), scale)
             out[:, :, rows] = _unstack(stacked, span)
-            sums.append(log_sum)
-        ctx.log_sums = sums
-        ctx.save_for_backward(query, key, value, key_buffer, value_buffer, out)
+            sums += [] if log_sum is None else [log_sum]
+        log_sum = torch.cat(sums, 2) if sums else query.new_empty(0)
+        ctx.save_for_backward(query, key, value, key_buffer, value_buffer, out, log_sum)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out):
-        query, key, value, key_buffer, value_buffer, out = ctx.saved_tensors
+        query, key, value, key_buffer, value_buffer, out, log_sums = ctx.saved_tensors
         sources = key, value, key_buffer, value_buffer
         bias = _Bias(query, key, _spans(ctx.geometry, query.shape[2]))
         grad_query = torch.empty_like(query)
         # Spans add up in float32: in bfloat16 a key seen by many spans would lose its later contributions.
         grads = [torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in sources]
         grad_key, grad_value, grad_key_buffer, grad_value_buffer = grads
-        for (span, kept, raw_start), log_sum in zip(_spans(ctx.geometry, query.shape[2]), ctx.log_sums, strict=True):
+        groups = query.shape[1] // key.shape[1]
+        for span, kept, raw_start in _spans(ctx.geometry, query.shape[2]):
             rows = slice(span.start, span.stop)
+            log_sum = log_sums[..., groups * span.start : groups * span.stop] if keeps_log_sum(query) else None
             k = _keys(key, key_buffer, kept, raw_start, span)
             v = _keys(value, value_buffer, kept, raw_start, span)
             grad, q, o = (_stack(x[:, :, rows], k) for x in (grad_out, query, out))
@@ -83,6 +85,11 @@ class _SpanAttention(torch.autograd.Function):
                 buffer[:, :, :kept] += grad[:, :, :kept]
                 raw[:, :, raw_start : span.stop] += grad[:, :, kept:]
         return grad_query, *(g.to(x.dtype) for g, x in zip(grads, sources, strict=True)), None, None
+
+
+def keeps_log_sum(query: Tensor) -> bool:
+    """Whether the log-sum-exp of the logits is kept for the backward pass: ``[B, H, G * T]`` float32."""
+    return query.device.type == "cpu"
 
 
 def attend_block(
@@ -163,9 +170,7 @@ class _Bias:
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor | None]:
-    if (
-        q.device.type == "cpu"
-    ):  # the kernel that scaled_dot_product_attention picks here, called by name for its log-sum
+    if keeps_log_sum(q):  # the kernel that scaled_dot_product_attention picks here, called by name for its log-sum
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, False, attn_mask=bias, scale=scale
         )

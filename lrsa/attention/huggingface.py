@@ -18,7 +18,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lrsa.attention import inspection
+from lrsa.attention import compiled, inspection
 from lrsa.attention.api import sparse_attention
 from lrsa.attention.config import SparseAttentionConfig
 from lrsa.attention.documents import PAD, LastResult, find_documents
@@ -35,8 +35,6 @@ _UNSUPPORTED = {
 }
 
 
-# A compiled layer (`trainer.compile`) runs what is before and after as its own kernels, and this as it is.
-@torch.compiler.disable(reason="sparse attention looks into masks and caches, and has kernels of its own")
 def attention(
     module: nn.Module,
     query: Tensor,
@@ -51,13 +49,33 @@ def attention(
 
     ``attention_mask`` is what `mask` returned: the tokenizer's ``[B, T]``, 0 at pads, or None. Packed documents are
     told by ``document_ids`` among the keyword arguments, or by ``position_ids`` that start anew; where prompts end, by
-    ``prompt_lengths`` (without a cache, for an attention that asks). With a `SparseKVCache` the keys are those of the
-    newest block, and bring their cache along. A sliding-window layer, which never holds more than its window, is
-    attended as ever.
+    ``prompt_lengths`` (without a cache, for an attention that asks). Who knows that each row is one document passes
+    ``whole_rows``, and nobody looks for others, which takes a wait for the device (`compiled.whole_rows`). With a
+    `SparseKVCache` the keys are those of the newest block, and bring their cache along. A sliding-window layer, which
+    never holds more than its window, is attended as ever.
 
     Raises:
         ValueError: something that sparse attention does not compute: another cache, dropout, soft-capping.
     """
+    if torch.compiler.is_compiling():
+        traced = compiled.attend(module, query, key, value, attention_mask, dropout, scaling, kwargs)
+        if traced is not None:
+            return traced.transpose(1, 2).contiguous(), None
+    return _attention(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+
+
+# A compiled layer (`trainer.compile`) runs what is before and after as its own kernels, and this as it is.
+@torch.compiler.disable(reason="sparse attention looks into masks and caches here, which takes Python")
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
     if kwargs.get("sliding_window") is not None:
         if "full_attention" not in (getattr(module.config, "layer_types", None) or ()):
             raise ValueError(
@@ -109,9 +127,11 @@ def attention(
             backend=backend,
         )
         return out.transpose(1, 2).contiguous(), None
-    told = kwargs.get("document_ids"), attention_mask, kwargs.get("position_ids")
-    found = _FOUND.get(*told) or [_FOUND.put(_document_ids(*told, query), *told)]
-    document_ids = found[0]
+    document_ids = None
+    if kwargs.get("whole_rows") is None:
+        told = kwargs.get("document_ids"), attention_mask, kwargs.get("position_ids")
+        found = _FOUND.get(*told) or [_FOUND.put(_document_ids(*told, query), *told)]
+        document_ids = found[0]
     depth: int = module.config.num_hidden_layers  # type: ignore[union-attr, assignment]
     config = config.for_layer(layer_idx, depth) or config
     prompt_lengths = kwargs.get("prompt_lengths")

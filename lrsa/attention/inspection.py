@@ -67,6 +67,11 @@ def selecting(choice: Choice) -> Iterator[None]:
         _CHOICES.remove(choice)
 
 
+def active() -> bool:
+    """Whether anybody is looking, or choosing."""
+    return bool(_OBSERVERS or _CHOICES)
+
+
 def show(inputs: LayerInputs) -> Tensor | None:
     """Called by the bridge: hand a layer's inputs to who is `inspecting`, and return what who is `selecting` chose."""
     for observer in _OBSERVERS:

@@ -343,7 +343,12 @@ def checkpoint_contexts():
     from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
     def policy(ctx, op, *args, **kwargs):
-        operators = torch.ops.lrsa.select, torch.ops.lrsa.select_freely, torch.ops.lrsa.select_once
+        operators = (
+            torch.ops.lrsa.select,
+            torch.ops.lrsa.select_freely,
+            torch.ops.lrsa.select_once,
+            torch.ops.lrsa.select_in_layer,
+        )
         saved = op in [operator.default for operator in operators]
         return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
 

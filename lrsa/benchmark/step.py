@@ -80,7 +80,7 @@ def _batch(conf: BenchConf, length: int, vocabulary: int, device: torch.device) 
     ids = torch.randint(vocabulary, (conf.batch_size, length), generator=generator)
     targets = torch.zeros_like(ids, dtype=torch.bool)
     targets[:, -min(64, length - 1) :] = True
-    return ids.to(device), targets.to(device)
+    return ids.to(device), targets
 
 
 def _step(

@@ -177,6 +177,11 @@ class LRSADataModule(L.LightningDataModule):
         if stage in (None, "fit"):
             _ = self.mixture
 
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """All but `answer_mask`: who reads from a device where the answers are waits for it to finish its work."""
+        moved = super().transfer_batch_to_device({**batch, "answer_mask": None}, device, dataloader_idx)
+        return {**moved, "answer_mask": batch["answer_mask"]}
+
     def train_dataloader(self) -> StreamLoader:
         """Micro-batches (`Batch`) from sample `start_sample` to the run's end."""
         world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)

@@ -94,7 +94,7 @@ def _score_batch(
     logits, targets = target_logits(
         model,
         batch["input_ids"].to(device),
-        batch["answer_mask"].to(device),
+        batch["answer_mask"],
         None if document_ids is None else document_ids.to(device),
     )
     nll = F.cross_entropy(logits, targets, reduction="none")

@@ -38,8 +38,9 @@ def answer(model: PreTrainedModel, batch: dict[str, Any], hidden: bool = False) 
         logits, targets = target_logits(model, batch["input_ids"], batch["answer_mask"], batch.get("document_ids"))
     if not hidden:
         return Answers(logits, targets, None)
-    wanted = batch["answer_mask"][:, 1:]  # the head runs at positions that some row needs, see target_logits
-    return Answers(logits, targets, read[0][wanted[:, wanted.any(0)]].float())
+    wanted = batch["answer_mask"].cpu()[:, 1:]  # the head runs at positions that some row needs, see target_logits
+    rows, places = (x.to(logits.device, non_blocking=True) for x in wanted[:, wanted.any(0)].nonzero(as_tuple=True))
+    return Answers(logits, targets, read[0][rows, places].float())
 
 
 @contextlib.contextmanager

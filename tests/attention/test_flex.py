@@ -40,7 +40,7 @@ def uncompiled(monkeypatch):
     flex._compiled.cache_clear()
 
 
-def layout_of(geometry: Geometry, tokens: int) -> tuple[flex._Layout, int, int]:
+def layout_of(geometry: Geometry, tokens: int) -> tuple[flex.Layout, int, int]:
     """The layout as `flex.attend` asks for it: (layout, used buffer entries, padded length)."""
     used = geometry.sink + geometry.selected_partitions(tokens) * geometry.kept
     padded = -(-tokens // BLOCK) * BLOCK

@@ -55,6 +55,14 @@ def test_loader_yields_micro_batches_with_loss_on_answers_only(words_tokenizer) 
             assert targets[-1] == end and set(words_tokenizer.decode(targets[:-1])) <= set("0123456789 ")
 
 
+def test_where_answers_are_stays_with_who_asks(words_tokenizer) -> None:
+    data = make(words_tokenizer)
+    batch = next(iter(data.train_dataloader()))
+    moved = data.transfer_batch_to_device(batch, torch.device("meta"), 0)
+    assert moved["input_ids"].device.type == "meta" and moved["answer_mask"] is batch["answer_mask"]
+    assert moved["ids"] == batch["ids"]
+
+
 def test_resume_gives_the_rest_of_the_same_stream(words_tokenizer) -> None:
     whole = [batch["input_ids"] for batch in make(words_tokenizer).train_dataloader()]
     again = make(words_tokenizer)

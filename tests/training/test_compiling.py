@@ -11,7 +11,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 from transformers import PreTrainedModel
 
-from lrsa.attention import SparseAttentionConfig
+from lrsa.attention import SparseAttentionConfig, selection
 from lrsa.config import DistillationConf, LoraConf, RecipeConf, TrainerConf
 from lrsa.models import set_attention, target_logits
 from lrsa.training import compiling
@@ -21,6 +21,7 @@ from lrsa.training.lora import add_lora
 from .conftest import SPARSE, make_sample, train
 
 ModelMaker = Callable[..., PreTrainedModel]
+VARIANTS = {"dense": None, "lrsa": SPARSE} | {name: replace(SPARSE, scorer=name) for name in ("random", "snapkv")}
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +63,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
-@pytest.mark.parametrize("attention", [None, SPARSE], ids=["dense", "lrsa"])
+@pytest.mark.parametrize("attention", VARIANTS.values(), ids=VARIANTS)
 def test_compiled_layers_compute_the_same(
     attention: SparseAttentionConfig | None, checkpointing: bool, make_model: ModelMaker
 ) -> None:
@@ -70,19 +71,21 @@ def test_compiled_layers_compute_the_same(
     expected = gradients(model, attention)
     with compiled_layers(model):
         same(expected, gradients(model, attention))
-        # A graph break inside of a checkpoint leaves the whole layer as it is.
-        assert (compiled_graphs() > 0) == (attention is None or not checkpointing)
+        assert (compiled_graphs(), graph_breaks()) == (1, 0)
     same(expected, gradients(model, attention))
 
 
-def test_dense_layers_are_one_graph_whatever_their_number(make_model: ModelMaker) -> None:
+@pytest.mark.parametrize("attention", VARIANTS.values(), ids=VARIANTS)
+def test_layers_are_one_graph_whatever_their_number(
+    attention: SparseAttentionConfig | None, make_model: ModelMaker
+) -> None:
     counted = []
     for layers in (2, 5):
         torch._dynamo.reset()
         counters.clear()
         with compiled_layers(model := make_model(num_hidden_layers=layers).train()):
             for _ in range(2):
-                gradients(model, None)
+                gradients(model, attention)
         counted.append((compiled_graphs(), graph_breaks()))
     assert counted == [(1, 0), (1, 0)]
 
@@ -92,10 +95,61 @@ def test_switching_between_attentions_compiles_each_but_once(make_model: ModelMa
     with compiled_layers(model := make_model().train()):
         for attention in variants * 2:
             gradients(model, attention)
-        graphs = compiled_graphs()
-        for attention in variants * 2:
-            gradients(model, attention)
-        assert compiled_graphs() == graphs > 1
+        assert (compiled_graphs(), graph_breaks()) == (len(variants), 0)
+
+
+def test_layers_of_two_kinds_are_two_graphs(make_model: ModelMaker) -> None:
+    partly = replace(SPARSE, dense_layers=(0, -1))
+    model = make_model(num_hidden_layers=4).train()
+    expected = gradients(model, partly)
+    with compiled_layers(model):
+        same(expected, gradients(model, partly))
+    assert (compiled_graphs(), graph_breaks()) == (2, 0)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+def test_each_layer_selects_once_a_step(
+    checkpointing: bool, make_model: ModelMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Recomputing a selection would draw other noise, and could break a tie otherwise."""
+    called, best = [], selection.best
+    monkeypatch.setattr(selection, "best", lambda *given: called.append(given) or best(*given))
+    with compiled_layers(model := make_model(gradient_checkpointing=checkpointing).train()):
+        gradients(model, SPARSE)
+        assert len(called) == 2
+
+
+@pytest.mark.parametrize(
+    "attention",
+    [
+        replace(SPARSE, budget="adaptive"),
+        SparseAttentionConfig(sink_size=2, lag_size=8, schedule="prefill_once"),
+        replace(SPARSE, budget="pyramid"),
+    ],
+    ids=["mask-form", "once", "pyramid"],
+)
+def test_what_takes_python_runs_apart_and_is_the_same(attention: SparseAttentionConfig, make_model: ModelMaker) -> None:
+    model = make_model().train()
+    expected = gradients(model, attention)
+    with compiled_layers(model):
+        same(expected, gradients(model, attention))
+        assert (graph_breaks() > 0) == (attention.budget != "pyramid")
+
+
+def test_rows_of_several_documents_are_the_same(make_model: ModelMaker) -> None:
+    model = make_model().train()
+    ids, mask = make_sample(0)
+    documents = (torch.arange(len(ids)) >= 13).long()[None]
+
+    def loss() -> torch.Tensor:
+        logits, targets = target_logits(model, ids[None], mask[None], documents)
+        return nn.functional.cross_entropy(logits, targets)
+
+    for attention in (None, SPARSE):
+        set_attention(model, attention)
+        expected = loss()
+        with compiled_layers(model):
+            torch.testing.assert_close(loss(), expected)
 
 
 def histories(
@@ -115,21 +169,23 @@ def histories(
     return found
 
 
-@pytest.mark.parametrize("kind", ["drawn", "noise", "teacher", "straight_through", "checkpointed"])
+@pytest.mark.parametrize(
+    "kind", ["drawn", "noise", "teacher", "straight_through", "checkpointed", "noise checkpointed"]
+)
 def test_training_compiled_is_the_same_training(
     kind: str, make_model: ModelMaker, recipe: RecipeConf, trainer: TrainerConf, tmp_path: Path
 ) -> None:
     recipe = replace(recipe, compressions=[4], micro_batch_size=2)
     if kind == "drawn":
         recipe = replace(recipe, compressions=[1, 4])
-    elif kind == "noise":
+    elif kind.startswith("noise"):
         recipe = replace(recipe, score_noise=1.0, random_share=0.5)
     elif kind == "teacher":
         recipe = replace(recipe, distillation=DistillationConf(weight=0.5, hidden=0.5))
     elif kind == "straight_through":
         recipe = replace(recipe, straight_through=True)
     plain, compiled = histories(
-        lambda: make_model(gradient_checkpointing=kind == "checkpointed"), recipe, trainer, tmp_path
+        lambda: make_model(gradient_checkpointing=kind.endswith("checkpointed")), recipe, trainer, tmp_path
     )
     for name in ("loss", "gradient_norm") if kind != "teacher" else ("loss", "gradient_norm", "kl", "hidden"):
         assert [e[name] for e in compiled] == pytest.approx([e[name] for e in plain], rel=2e-3)
@@ -181,6 +237,18 @@ def test_too_many_variants_are_an_error_not_a_slow_run(make_model: ModelMaker) -
         with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
             target_logits(model, make_sample(0)[0][None, :30], make_sample(0)[1][None, 10:])
     assert not torch._dynamo.config.fail_on_recompile_limit_hit
+
+
+def test_checkpoints_around_compiled_layers_are_refused(
+    make_model: ModelMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where older transformers put them: a layer that is computed again would select again."""
+    monkeypatch.setattr(compiling.GradientCheckpointingLayer, "__call__", nn.Module.__call__, raising=False)
+    with compiled_layers(make_model()):
+        pass
+    message = r"trainer\.compile=true with model\.gradient_checkpointing=true: transformers .* upgrade"
+    with pytest.raises(ValueError, match=message), compiled_layers(make_model(gradient_checkpointing=True)):
+        pass
 
 
 def test_a_model_without_decoder_layers_is_refused() -> None:
