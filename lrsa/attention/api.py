@@ -21,6 +21,7 @@ from lrsa.attention.straight_through import gate as selection_gate
 
 log = logging.getLogger(__name__)
 BACKENDS = ("auto", "reference", "gather", "flex", "flash4")
+FLASH4_FROM = 4096  # tokens; below, its launches take longer than its work
 SHORT_PROMPT = 2048  # tokens; below, compiling FlexAttention takes longer than many passes through gather
 
 
@@ -53,9 +54,9 @@ def sparse_attention(
         scale: of the logits; 1/sqrt(D) by default.
         backend: ``reference`` (mask form, O(T^2) memory), ``gather`` (chunked SDPA, any device), ``flex``
             (FlexAttention, CUDA), ``flash4`` (flash-attn-4 on Hopper and Blackwell, bfloat16 and float16), or ``auto``,
-            which is ``reference`` for what no other can compute (`SparseAttentionConfig.mask_form_only`), and never
-            ``flash4`` yet. ``prefill_once`` has one parallel form, on PyTorch's own kernels, which runs for all but
-            ``reference``.
+            which is the fastest one measured, and ``reference`` for what no other can compute
+            (`SparseAttentionConfig.mask_form_only`). ``prefill_once`` has one parallel form, on PyTorch's own kernels,
+            which runs for all but ``reference``.
         straight_through: give the scores of kept tokens a gradient, the output being the same bit for bit (see
             `lrsa.attention.straight_through`); ``gather``, ``flex`` and ``flash4``, schedule ``chunked``.
 
@@ -240,12 +241,24 @@ def choose_backend(
     if backend in kernels and (obstacle := kernels[backend].obstacle(query)):
         raise ValueError(f"backend={backend!r} cannot run here: {obstacle}; use 'gather' or 'auto'")
     if backend == "auto":
-        obstacle = flex.obstacle(query)
-        # Each document length would be compiled anew, which costs more than it saves; so would each short prompt.
-        short = not torch.is_grad_enabled() and query.shape[2] < SHORT_PROMPT
-        backend = "gather" if obstacle or document_ids is not None or short else "flex"
-        log.debug("auto picked %s (%s)", backend, obstacle or "CUDA, one document a row")
+        backend, reason = _fastest(query, document_ids)
+        log.debug("auto picked %s: %s", backend, reason)
     return backend
+
+
+def _fastest(query: Tensor, document_ids: Tensor | None) -> tuple[str, str]:
+    """Which backend is measured to be the fastest (experiments/benchmark), and why."""
+    if obstacle := flex.obstacle(query):
+        return "gather", obstacle
+    if document_ids is not None:
+        return "gather", "rows are padded or packed, and a kernel compiled for each document's length costs more"
+    tokens = query.shape[2]
+    if not torch.is_grad_enabled() and tokens < SHORT_PROMPT:
+        return "gather", f"a prompt of {tokens} tokens, below {SHORT_PROMPT}, is read before a kernel is compiled"
+    if tokens < FLASH4_FROM:
+        return "flex", f"{tokens} tokens, from {FLASH4_FROM} on it is flash4"
+    absent = flash4.obstacle(query)
+    return ("flex", absent) if absent else ("flash4", f"{tokens} tokens, one document a row")
 
 
 def _check_backend(backend: str) -> None:

@@ -78,14 +78,14 @@ class Layout(NamedTuple):
 def visible(row, column, *, lag, chunk, sink, kept, raw_offset, skipped):
     """Whether a row sees a key. Plain arithmetic, for tensors and for what CuTe compiles alike.
 
-    Before the first compression, and nowhere else, ``compressed`` is 0 or less; both conditions allow for that.
+    All but the last line is a row's alone, of which a kernel's thread has two in 64 pairs: three comparisons a pair.
     """
     first = -(-2 * lag // chunk) * chunk - 2 * lag  # of the rows' grid of chunks, which begins at row 2L
     compressed = ((row + first) // chunk * chunk - first) // lag - 1
-    entry = column - skipped
-    raw = entry - raw_offset
-    in_buffer = (entry < sink) | (entry < compressed * kept + sink)
-    return in_buffer | ((raw >= 0) & (raw >= compressed * lag) & (raw <= row))
+    compressed = compressed * (1 + compressed // 2**20)  # not below 0, as it comes out before the first compression
+    seen = skipped + sink + compressed * kept
+    raw = skipped + raw_offset
+    return (column < seen) | ((column >= raw + compressed * lag) & (column <= raw + row))
 
 
 WALK = Walk()
