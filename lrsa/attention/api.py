@@ -21,7 +21,9 @@ from lrsa.attention.straight_through import gate as selection_gate
 
 log = logging.getLogger(__name__)
 BACKENDS = ("auto", "reference", "gather", "flex", "flash4")
-FLASH4_FROM = 4096  # tokens; below, its launches take longer than its work
+# Pairs of a batch's rows times channels, B Hq T T D: about 2 ms of dense attention, forward and backward, on an H100.
+# Below, flash4's launches, some milliseconds of Python a layer, take longer than its kernels save.
+FLASH4_FROM = 2e11
 SHORT_PROMPT = 2048  # tokens; below, compiling FlexAttention takes longer than many passes through gather
 
 
@@ -252,13 +254,14 @@ def _fastest(query: Tensor, document_ids: Tensor | None) -> tuple[str, str]:
         return "gather", obstacle
     if document_ids is not None:
         return "gather", "rows are padded or packed, and a kernel compiled for each document's length costs more"
-    tokens = query.shape[2]
+    batch, heads, tokens, dim = query.shape
     if not torch.is_grad_enabled() and tokens < SHORT_PROMPT:
         return "gather", f"a prompt of {tokens} tokens, below {SHORT_PROMPT}, is read before a kernel is compiled"
-    if tokens < FLASH4_FROM:
-        return "flex", f"{tokens} tokens, from {FLASH4_FROM} on it is flash4"
+    work = batch * heads * tokens * tokens * dim
+    if work < FLASH4_FROM:
+        return "flex", f"B Hq T T D = {work:.0e}, from {FLASH4_FROM:.0e} on it is flash4"
     absent = flash4.obstacle(query)
-    return ("flex", absent) if absent else ("flash4", f"{tokens} tokens, one document a row")
+    return ("flex", absent) if absent else ("flash4", f"B Hq T T D = {work:.0e}, one document a row")
 
 
 def _check_backend(backend: str) -> None:

@@ -93,11 +93,10 @@ def attend(
     device = query.device.type
     if torch.is_autocast_enabled(device):  # as the bridge does
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
-    tokens, dim = query.shape[2:]
-    scale = dim**-0.5 if scaling is None else scaling
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if config == DENSE_LAYER:
         return attend_dense(query, key, value, scale)
-    plan = _Plan(*_plan(config, tokens, getattr(module, "lrsa_backend", "auto"), device, query.dtype, dim))
+    plan = _Plan(*_plan(config, tuple(query.shape), getattr(module, "lrsa_backend", "auto"), device, query.dtype))
     if plan.backend == "reference" or (plan.backend == "gather" and device != "cpu" and torch.is_grad_enabled()):
         return None  # whose gradient on a GPU is autograd's, which operators do not have
     if plan.partitions == 0:
@@ -117,11 +116,11 @@ def attend(
 
 
 @torch.compiler.assume_constant_result
-def _plan(config: str, tokens: int, backend: str, device: str, dtype: torch.dtype, dim: int) -> tuple[Any, ...]:
+def _plan(config: str, shape: tuple[int, ...], backend: str, device: str, dtype: torch.dtype) -> tuple[Any, ...]:
     parsed = SparseAttentionConfig.from_json(config)
-    like = torch.empty((1, 1, tokens, dim), device=device, dtype=dtype)
+    like = torch.empty(1, device=device, dtype=dtype).expand(shape)  # of one element, whatever the batch
     chosen = choose_backend(backend, like, None, parsed)
     geometry = parsed.geometry
     reads_query = parsed.build_scorer().reads_query
-    partitions = geometry.selected_partitions(tokens)
+    partitions = geometry.selected_partitions(shape[2])
     return partitions, chosen, reads_query, geometry.sink, geometry.lag, geometry.kept, geometry.chunk

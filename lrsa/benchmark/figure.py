@@ -75,11 +75,14 @@ def speed_figure(records: Sequence[Record]) -> Figure:
         _format(panels, lengths)
         _legend(figure, looks, len(ratios))
         rounds = ", ".join(sorted({str(record.config["rounds"]) for record in records}))
+        graphs = sorted({row["length"] for r in records if r.config.get("graphs") for row in r.metrics.get("rows", [])})
+        captured = f" Replays of CUDA graphs at {', '.join(f'{n:,}' for n in graphs)} tokens." if graphs else ""
         matched = any(s.peer and s.compression is not None for s in found)
         add_caption(
             figure,
             f"{shapes[0]}. Medians of {rounds} rounds, selection and gather included. Dense: the fastest kernel of the "
             "run. Ideal: dense pairs / attended pairs."
+            + captured
             + (" Peers attend as many keys as LRSA at the same ratio." if matched else ""),
         )
     return figure

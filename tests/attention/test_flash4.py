@@ -17,6 +17,7 @@ from lrsa.attention import (
     SparseAttentionConfig,
     blocks,
     flash4,
+    flex,
     gather,
     kept_tokens,
     sparse_attention,
@@ -227,9 +228,24 @@ def test_obstacles_on_a_gpu(dtype, dim, capability, strict, words, monkeypatch):
     assert reason is None if words is None else words in reason
 
 
-def test_auto_does_not_pick_it(monkeypatch):
+def test_auto_picks_it_where_its_work_outlasts_its_launches(monkeypatch, caplog):
+    """Shapes that are measured (experiments/benchmark): B, Hq, T, D."""
+
+    def auto(*shape: int, **given: Tensor) -> str:
+        return choose_backend("auto", torch.zeros(1).expand(shape), **given)
+
+    assert auto(1, 32, 8192, 128) == "gather", "on a CPU"
+    monkeypatch.setattr(flex, "obstacle", lambda query: None)
+    monkeypatch.setattr(flash4, "obstacle", lambda query: "flash-attn-4 is not installed")
+    assert auto(1, 32, 8192, 128) == "flex"
     monkeypatch.setattr(flash4, "obstacle", lambda query: None)
-    assert choose_backend("auto", torch.zeros(1, 1, 4, 64)) == "gather"
+    caplog.set_level("DEBUG", "lrsa.attention.api")
+    assert auto(1, 32, 8192, 128) == auto(1, 9, 32768, 64) == "flash4"
+    assert "auto picked flash4: B Hq T T D = 6e+11" in caplog.text
+    assert auto(8, 9, 4096, 64) == auto(1, 9, 8192, 64) == auto(1, 32, 4096, 128) == "flex"
+    assert auto(1, 32, 8192, 128, document_ids=torch.zeros(1, 8192, dtype=torch.int64)) == "gather"
+    with torch.no_grad():
+        assert auto(64, 32, 1000, 128) == "gather", "a short prompt"
     assert choose_backend("flash4", torch.zeros(1, 1, 4, 64)) == "flash4"
 
 

@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch._dynamo.utils import counters
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lrsa.attention import SparseAttentionConfig, flash4
 from lrsa.config import DistillationConf, RecipeConf, TrainerConf
@@ -61,6 +62,8 @@ def test_compiled_layers_compute_the_same(
     if backend == "flash4" and (reason := flash4.obstacle(torch.zeros(1, 1, 1, 64, device="cuda").bfloat16())):
         pytest.skip(reason)
     attention = None if backend == "dense" else SparseAttentionConfig("random", sink_size=16, lag_size=128)
+    if checkpointing and "__call__" in vars(GradientCheckpointingLayer):
+        pytest.skip("this transformers checkpoints around what is compiled, which is refused")
     model = make_model(hidden_size=256, gradient_checkpointing=checkpointing).cuda()
     set_attention(model.train(), attention, backend="auto" if backend == "dense" else backend)
     ids = torch.randint(VOCABULARY, (2, 1000), generator=torch.Generator().manual_seed(0))
@@ -75,14 +78,16 @@ def test_compiled_layers_compute_the_same(
         loss.backward()
         return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
+    loss, expected = gradients()
     torch._dynamo.reset()
     counters.clear()
-    loss, expected = gradients()
-    before = counters["stats"]["unique_graphs"]  # flex compiles its kernels in any case
     with compiled_layers(model):
         compiled_loss, found = gradients()
-        assert counters["stats"]["unique_graphs"] == before + 1
-        assert not counters["graph_break"]
+        graphs = counters["stats"]["unique_graphs"]
+        gradients()
     assert compiled_loss == pytest.approx(loss, rel=5e-3)
     for name, gradient in expected.items():
         assert (found[name] - gradient).norm() <= 0.03 * gradient.norm(), name
+    # The layers' one, and scores outside of it, which are compiled anew where nothing asks for a gradient.
+    assert 1 <= graphs == counters["stats"]["unique_graphs"] <= 2
+    assert not counters["graph_break"]

@@ -1,0 +1,42 @@
+#!/bin/bash
+# An arm of one seed of experiments/smollm2_lossless: run.sh <none|dense|lrsa_random> <seed> [train|untouched|prose|2048|8192 ...]
+#   M: folder of the base model, R: of the runs; TRAIN, EVAL: further overrides of lrsa-train, of lrsa-eval
+# Called again it skips what is finished and goes on where a killed run was.
+set -euo pipefail
+recipe=$1 seed=$2
+arm=${recipe#lrsa_}
+run=$R/$arm-seed$seed
+base=(model=smollm2 model.name="$M")
+if compgen -G "$M/*.gguf" > /dev/null; then base=(model=smollm2_gguf model.name="$M"); fi
+model=(model=smollm2 model.name="$run/model")
+kept="checkpoints/*.ckpt" # what a killed run can go on from
+if [ "$recipe" = none ]; then model=("${base[@]}") kept=journal.jsonl; fi
+
+go() { # <folder> <what a killed run can go on from> <command> <overrides>...
+  local folder=$1 left=$2
+  if grep -qs '"status": "finished"' "$folder/record.json"; then return; fi
+  local resume=()
+  if compgen -G "$folder/$left" > /dev/null; then resume=(resume="$folder"); fi
+  "${@:3}" logger=none hydra.run.dir="$folder" "${resume[@]}"
+}
+evaluate() { # <stage> <overrides>...
+  go "$run-$1" journal.jsonl lrsa-eval run.study=smollm2_lossless run.arm="$arm" run.seed="$seed" "${model[@]}" trainer=gpu \
+    "${@:2}" ${EVAL:-}
+}
+lengths=('task=[needles,xquad]' 'evaluation.compressions=[1,4,8]' evaluation.tasks.needles.limit=160 evaluation.tasks.xquad.limit=400)
+
+stages=("${@:3}")
+if [ ${#stages[@]} = 0 ]; then stages=(train untouched prose 2048 8192); fi
+for stage in "${stages[@]}"; do
+  case $stage in
+    train) go "$run" "$kept" lrsa-train experiment=smollm2_lossless recipe="$recipe" run.seed="$seed" \
+      "${base[@]}" ${TRAIN:-} ;;
+    untouched) evaluate untouched mode=generate 'task=[untouched]' 'evaluation.compressions=[1,2,4,8]' evaluation.batch_size=55 \
+      model.dtype=bfloat16 trainer.precision=32-true ;;
+    prose) evaluate prose mode=perplexity perplexity.text=Salesforce/wikitext:wikitext-2-raw-v1@validation \
+      'evaluation.compressions=[1,4,8]' evaluation.batch_size=20 ;;
+    2048) evaluate 2048 "${lengths[@]}" evaluation.length=2048 evaluation.batch_size=20 ;;
+    8192) evaluate 8192 "${lengths[@]}" evaluation.length=8192 evaluation.batch_size=5 ;;
+    *) echo "no stage '$stage': train, untouched, prose, 2048, 8192" >&2; exit 1 ;;
+  esac
+done
