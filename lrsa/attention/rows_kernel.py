@@ -149,7 +149,7 @@ def _scatter(  # type: ignore[no-untyped-def]
 
 def gather(key: Tensor, value: Tensor, index: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
     """See `rows.gather`."""
-    key, value = _readable(key), _readable(value)
+    key, value, index = _readable(key), _readable(value), index.contiguous()
     batch, heads, _, dim = key.shape
     length = sum(plan.again) + plan.length
     out = [x.new_empty((batch, heads, length, dim)) for x in (key, value)]
@@ -166,8 +166,8 @@ def scatter(
     grad_key: Tensor, grad_value: Tensor, key: Tensor, value: Tensor, index: Tensor, plan: Plan
 ) -> tuple[Tensor, Tensor]:
     """See `rows.scatter`; ``grad_key``, ``grad_value`` contiguous, as `gather` made the rows."""
-    grad_key, grad_value = grad_key.contiguous(), grad_value.contiguous()
-    out = [torch.empty_like(x, memory_format=torch.preserve_format) for x in (key, value)]
+    grad_key, grad_value, index = grad_key.contiguous(), grad_value.contiguous(), index.contiguous()
+    out = [torch.empty_like(_readable(x)) for x in (key, value)]
     batch, heads, tokens, dim = key.shape
     skipped = sum(plan.again)
     partitions = plan.partitions if plan.kept else 0
@@ -182,6 +182,7 @@ def scatter(
 
 
 def _readable(x: Tensor) -> Tensor:
+    """The kernels walk over channels side by side; all other strides are arguments."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
