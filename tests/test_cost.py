@@ -121,6 +121,11 @@ def test_utilisation_is_that_of_the_records() -> None:
     cost = predict(read([*TINY, "model=llama3_1_8b", "recipe=lrsa"]))
     assert most_alike([*step, *forward], cost) == [step[1], next(one for one in forward if one.sparse)]
     assert most_alike(step, replace(cost, sparse=False)) == [step[0]] and most_alike([], cost) == []
+    fused = measured_utilisations(Record.load(ROOT / "experiments/benchmark/records/h100-step-4k-compiled"))
+    assert "sparse, compiled" in fused[1].what and fused[1].share > step[1].share
+    assert most_alike([*step, *fused], cost) == [step[1]]
+    compiled = predict(read([*TINY, "model=llama3_1_8b", "recipe=lrsa", "trainer.compile=true"]))
+    assert most_alike([*step, *fused], compiled) == [fused[1]]
 
 
 @pytest.mark.parametrize("experiment", ["qwen2_5_7b", "llama3_1_8b"])

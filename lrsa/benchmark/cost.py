@@ -56,6 +56,7 @@ class Cost:
     shape: Shape
     length: int
     sparse: bool
+    compiled: bool = False
 
     def hours(self, utilisation: float, peak: float = H100_FLOPS) -> float:
         """On `devices` GPUs of `peak` operations a second."""
@@ -147,7 +148,9 @@ def predict(conf: TrainConf) -> Cost:
         ]
     memory = _memory(shape, conf, micro, devices if conf.trainer.strategy == "fsdp" else 1)
     mean, length = sum(flops) / len(flops), conf.data.length
-    return Cost(samples * mean, samples * length, devices, memory, shape, length, attention is not None)
+    return Cost(
+        samples * mean, samples * length, devices, memory, shape, length, attention is not None, conf.trainer.compile
+    )
 
 
 def _memory(shape: Shape, conf: TrainConf, micro: int, shards: int) -> dict[str, float]:
@@ -178,7 +181,7 @@ def _memory(shape: Shape, conf: TrainConf, micro: int, shards: int) -> dict[str,
 @dataclass(frozen=True)
 class Utilisation:
     """Share of the peak that a measured run reached, by the same count as `predict`'s: of a whole training step or of a
-    forward pass, dense or sparse, of a model of so many `parameters` at so many `tokens`.
+    forward pass, dense or sparse, of a model of so many `parameters` at so many `tokens`; its layers `compiled` or not.
     """
 
     share: float
@@ -187,6 +190,7 @@ class Utilisation:
     parameters: int
     tokens: int
     what: str
+    compiled: bool = False
 
 
 def measured_utilisations(record: Record, peak: float = H100_FLOPS) -> list[Utilisation]:
@@ -210,17 +214,21 @@ def measured_utilisations(record: Record, peak: float = H100_FLOPS) -> list[Util
                 flops = sum(forward_flops(shape, row["length"], attention))
                 times, what = row["prefill"]["ms"], "forward pass"
             share = flops / (times["median"] / 1e3) / peak
-            what = f"{what} of {config['model']['name']}, {kind}, {row['length']:,} tokens ({record.folder.name})"
-            sparse = attention is not None
-            found.append(Utilisation(share, mode == "step", sparse, shape.parameters, row["length"], what))
+            compiled = bool(config.get("compile"))  # records until 2026-11-22 do not say
+            how = f"{kind}, compiled" if compiled else kind
+            what = f"{what} of {config['model']['name']}, {how}, {row['length']:,} tokens ({record.folder.name})"
+            size = shape.parameters, row["length"]
+            found.append(Utilisation(share, mode == "step", attention is not None, *size, what, compiled))
     return found
 
 
 def most_alike(found: Sequence[Utilisation], cost: Cost) -> list[Utilisation]:
-    """Of steps and of forward passes the one most like the run: dense or sparse as it is, then nearest in size."""
+    """Of steps and of forward passes the one most like the run: dense or sparse as it is, a step's layers compiled or
+    not as they are, then nearest in size."""
     chosen = []
     for step in (True, False):
         fitting = [one for one in found if one.step == step and one.sparse == cost.sparse]
+        fitting = [one for one in fitting if not step or one.compiled == cost.compiled]
         if fitting:
             chosen.append(min(fitting, key=lambda one: _distance(one, cost)))
     return chosen
