@@ -269,7 +269,10 @@ def test_light_and_dark_are_readable_and_fit_a_phone(opened: Any, scheme: str) -
 
 
 def test_a_link_to_a_run_unfolds_its_config(opened: Any) -> None:
+    from selenium.webdriver.support.wait import WebDriverWait
+
     run = opened.find_element("css selector", "details.run")
     assert run.get_attribute("open") is None
     opened.find_element("css selector", f"a[href='#{run.get_attribute('id')}']").send_keys("\n")
-    assert run.get_attribute("open") is not None
+    # The page hears of a new fragment in an event, which may come after the key has been answered.
+    WebDriverWait(opened, 10).until(lambda _: run.get_attribute("open") is not None)
