@@ -31,6 +31,11 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
+def checkpoints_outside() -> bool:
+    """Whether this transformers checkpoints activations around a layer's forward, and so around what is compiled."""
+    return "__call__" in vars(GradientCheckpointingLayer)
+
+
 @contextlib.contextmanager
 def compiled_layers(model: nn.Module) -> Iterator[None]:
     """Inside, the decoder layers of `model` run compiled, for one shape each of batch and length.
@@ -43,7 +48,7 @@ def compiled_layers(model: nn.Module) -> Iterator[None]:
     layers = decoder_layers(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no decoder layers that trainer.compile=true could compile")
-    if "__call__" in vars(GradientCheckpointingLayer) and any(layer.gradient_checkpointing for layer in layers):
+    if checkpoints_outside() and any(layer.gradient_checkpointing for layer in layers):
         raise ValueError(
             f"trainer.compile=true with model.gradient_checkpointing=true: transformers {transformers.__version__} "
             "recomputes a compiled layer with its selection, where 5.23 checkpoints inside; upgrade transformers, "

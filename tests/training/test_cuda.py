@@ -8,13 +8,12 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch._dynamo.utils import counters
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lrsa.attention import SparseAttentionConfig, flash4
 from lrsa.config import DistillationConf, RecipeConf, TrainerConf
 from lrsa.models import set_attention, target_logits
 from lrsa.training import PostTraining, fit
-from lrsa.training.compiling import compiled_layers
+from lrsa.training.compiling import checkpoints_outside, compiled_layers
 
 from .conftest import VOCABULARY, RandomData
 
@@ -62,7 +61,7 @@ def test_compiled_layers_compute_the_same(
     if backend == "flash4" and (reason := flash4.obstacle(torch.zeros(1, 1, 1, 64, device="cuda").bfloat16())):
         pytest.skip(reason)
     attention = None if backend == "dense" else SparseAttentionConfig("random", sink_size=16, lag_size=128)
-    if checkpointing and "__call__" in vars(GradientCheckpointingLayer):
+    if checkpointing and checkpoints_outside():
         pytest.skip("this transformers checkpoints around what is compiled, which is refused")
     model = make_model(hidden_size=256, gradient_checkpointing=checkpointing).cuda()
     set_attention(model.train(), attention, backend="auto" if backend == "dense" else backend)
