@@ -62,6 +62,13 @@ def run(conf: BenchConf) -> Record:
         raise ValueError(f"mode={conf.mode!r} is unknown: choose one of {', '.join(MODES)}")
     if conf.figure is not None and conf.mode != "kernels":
         raise ValueError(f"figure={conf.figure} is of mode=kernels, this is mode={conf.mode}: leave it out")
+    for name, value, mode in (
+        ("graphs", conf.graphs, "kernels"),
+        ("peers", conf.peers, "kernels"),
+        ("compile", conf.compile, "step"),
+    ):
+        if value and conf.mode != mode:
+            raise ValueError(f"{name}={value} is of mode={mode}, this is mode={conf.mode}: leave it out")
     cases(conf)
     if conf.run.threads is not None:
         torch.set_num_threads(conf.run.threads)

@@ -317,3 +317,18 @@ def test_records_are_shown_again_by_the_command(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "| 200 | lag_relative | 16 | 1/4 | gather |" in table.read_text()
     assert "median" not in done.stderr
+
+
+def test_an_error_that_is_no_number_fails_the_gate() -> None:
+    exact = (torch.ones(3), torch.ones(3))
+    assert kernels.largest_error((torch.ones(3), torch.tensor([1, 1, torch.nan])), exact) == float("inf")
+    assert kernels.largest_error((torch.ones(3), torch.full((3,), 1.5)), exact) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("given", ["graphs=true", "compile=true"])
+def test_a_setting_of_another_mode_is_refused(given: str, tmp_path: Path) -> None:
+    mode = "step" if given.startswith("graphs") else "kernels"
+    with pytest.raises(
+        ValueError, match=f"{given.split('=')[0]}=True is of mode=.*, this is mode={mode}: leave it out"
+    ):
+        bench.run(configured(tmp_path, f"mode={mode}", given))

@@ -79,6 +79,15 @@ def test_lines_are_named_apart(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_times_with_and_without_launches_are_not_drawn_as_one(tmp_path: Path) -> None:
+    plain = record(tmp_path / "plain", [row(8192), row(4096)])
+    graphs = record(tmp_path / "graphs", [row(8192, 8)], graphs=True)
+    with pytest.raises(ValueError, match="at 8,192 tokens some records are of CUDA graphs and some are not"):
+        speed_figure([plain, graphs])
+    newer = record(tmp_path / "newer", [row(8192)], graphs=True)  # takes the place of the first one's
+    assert speed_figure([plain, graphs, newer])
+
+
 def test_what_cannot_be_drawn_is_refused(tmp_path: Path) -> None:
     shapes = [record(tmp_path / str(heads), [row(8192)], query_heads=heads) for heads in (8, 32)]
     with pytest.raises(ValueError, match=r"one machine and shape, .* 32/2 heads.*; .* 8/2 heads"):

@@ -107,9 +107,32 @@ def test_the_package_is_asked_for(
     assert not (tmp_path / "run").exists()  # nothing was measured
 
 
-def test_two_cases_with_the_same_blocks_are_timed_once(stand_in: None) -> None:
-    found = rows.settings(configured("peers=[nsa/4x32,nsa]", "lags=[16,17]", "compressions=[4]"))
-    assert [(s.blocks, s.compression) for s in found] == [(Blocks(4, 32), None), (Blocks(2, 64), 4)]
+def test_two_cases_with_the_same_blocks_are_measured_once(stand_in: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    conf = configured("peers=[nsa/4x32,nsa]", "lags=[16,17]", "compressions=[4]")
+    found = rows.settings(conf)
+    assert [(s.blocks, s.lag) for s in found] == [(Blocks(4, 32), None), (Blocks(2, 64), 16), (Blocks(2, 64), 17)]
+    measured: list[Blocks] = []
+    monkeypatch.setattr(
+        rows, "_measured", lambda conf, setting, *rest: measured.append(setting.blocks) or {"gate": "x"}
+    )
+    made = list(rows.run(conf, torch.device("cpu")))
+    assert measured == [Blocks(4, 32), Blocks(2, 64)]
+    assert [(row["lag"], row["gate"]) for row in made] == [(None, "x"), (16, "x"), (17, "x")]
+
+
+def test_agreement_is_of_the_blocks_that_were_a_choice() -> None:
+    size, count, tokens = 4, 4, 72
+    own = (torch.arange(tokens) // size)[None, :, None]
+    generator = torch.Generator().manual_seed(0)
+
+    def choice() -> torch.Tensor:
+        third = 1 + (torch.rand(own.shape, generator=generator) * (own - 2).clamp(min=1)).long()
+        return torch.stack([torch.zeros_like(own), own - 1, own, third.where(own > 2, -1)], -1)
+
+    one, other = choice(), choice()
+    assert nsa.free_agreement(one, one.flip(-1), size) == 1
+    assert nsa.free_agreement(one, other, size) < 0.4, "chance, however many blocks are given"
+    assert one.shape[-1] == count
 
 
 def test_a_peer_is_gated_timed_and_recorded(stand_in: None, tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def visible(row, column, *, lag, chunk, sink, kept, raw_offset, skipped):
 WALK = Walk()
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=512)  # a pyramid of 36 layers has as many, for each compression
 def layout(
     geometry: Geometry, tokens: int, device: torch.device, walk: Walk, heads: float, query_block: int = KEY_BLOCK
 ) -> Layout:

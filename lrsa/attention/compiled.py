@@ -55,7 +55,7 @@ def whole_rows(model: nn.Module, tokens: int, device: torch.device) -> dict[str,
     """What a model that is compiled layer by layer is passed to say that each row is one document of ``tokens`` tokens:
     by a layer's config, what FlexAttention reads of it, which takes Python and so is not made inside."""
     found: dict[str, flex.Layout] = {}
-    if device.type == "cuda":
+    if device.type == "cuda" and any(module._compiled_call_impl is not None for module in model.modules()):
         for config in getattr(model, "lrsa_layers", ()):
             geometry = SparseAttentionConfig.from_json(config).geometry
             found[config] = flex.layout_of(geometry, tokens, device)

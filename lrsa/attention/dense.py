@@ -26,11 +26,13 @@ def attend_dense_backward(
     grad, q = (x.to(kind).unflatten(1, (heads, -1)) for x in (grad, query))  # [B, H, G, T, D]
     k, v = (x.to(kind)[:, :, None] for x in (key, value))
     later = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device).triu(1)
-    weights = (scale * q @ k.mT).masked_fill(later, -torch.inf).softmax(-1)
-    grad_weights = grad @ v.mT
-    grad_logits = scale * weights * (grad_weights - (grad_weights * weights).sum(-1, keepdim=True))
-    grad_key, grad_value = (grad_logits.mT @ q).sum(2), (weights.mT @ grad).sum(2)
-    return (grad_logits @ k).flatten(1, 2).to(query.dtype), grad_key.to(key.dtype), grad_value.to(value.dtype)
+    with torch.autocast(query.device.type, enabled=False):
+        weights = (scale * q @ k.mT).masked_fill(later, -torch.inf).softmax(-1)
+        grad_weights = grad @ v.mT
+        grad_logits = scale * weights * (grad_weights - (grad_weights * weights).sum(-1, keepdim=True))
+        grad_query = grad_logits @ k
+        grad_key, grad_value = (grad_logits.mT @ q).sum(2), (weights.mT @ grad).sum(2)
+    return grad_query.flatten(1, 2).to(query.dtype), grad_key.to(key.dtype), grad_value.to(value.dtype)
 
 
 def attend_last(query: Tensor, key: Tensor, value: Tensor, scale: float, real: Tensor | None = None) -> Tensor:

@@ -148,7 +148,7 @@ def layout_of(geometry: Geometry, tokens: int, device: torch.device) -> Layout:
     return _layout(geometry, padded, geometry.buffer_size(partitions), device)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=512)  # a pyramid of 36 layers has as many, for each compression
 def _layout(geometry: Geometry, tokens: int, used: int, device: torch.device) -> Layout:
     """``tokens`` a multiple of the block; ``used`` entries of the buffer hold a key."""
     raw_offset = -(-used // BLOCK) * BLOCK

@@ -112,7 +112,7 @@ def _spans_backward(grad: Tensor, *saved: Any) -> tuple[Tensor, ...]:
 def _spans_shape(query: Tensor, key: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     heads, rows = key.shape[1], query.shape[1] // key.shape[1] * query.shape[2]
     shape = (query.shape[0], heads, rows) if gather.keeps_log_sum(query) else (0,)
-    dtype = torch.float32 if gather.keeps_log_sum(query) else query.dtype
+    dtype = torch.promote_types(query.dtype, torch.float32) if gather.keeps_log_sum(query) else query.dtype
     return torch.empty_like(query), query.new_empty(shape, dtype=dtype)
 
 

@@ -56,7 +56,7 @@ def _range_of_lag(  # type: ignore[no-untyped-def]
         low = tl.minimum(low, tl.where(inside, x, float("inf")))
         high = tl.maximum(high, tl.where(inside, x, -float("inf")))
     least, most = tl.min(low, 0), tl.max(high, 0)
-    ranges = most > least  # not where the lag is constant
+    ranges = most - least >= 1.1754943508222875e-38  # float32's smallest normal number: not where the lag is constant
     to = out_ptr + ((of_values * tl.num_programs(0) + program) * 2) * DIM + dim
     tl.store(to, tl.where(ranges, least, 0.0), mask=dim < DIM)
     tl.store(to + DIM, tl.where(ranges, 1.0 / tl.where(ranges, most - least, 1.0), 0.0), mask=dim < DIM)

@@ -45,7 +45,8 @@ def speed_figure(records: Sequence[Record]) -> Figure:
     A case that several records have is the newest one's.
 
     Raises:
-        ValueError: no record has a row that passed its gate, or they are of several machines or shapes.
+        ValueError: no record has a row that passed its gate; or they are of several machines or shapes; or part of
+            them, at one length, are of CUDA graphs.
     """
     records = [r for r in records if r.command == "lrsa-bench" and r.config["mode"] == "kernels"]
     shapes = sorted({_shape(record) for record in records})
@@ -54,6 +55,11 @@ def speed_figure(records: Sequence[Record]) -> Figure:
     found = _series(records)
     if not found:
         raise ValueError("none of the records has a row of mode=kernels that passed its gate: there is nothing to draw")
+    for length in sorted({length for rows in found.values() for length in rows}):
+        if len({row["graphs"] for rows in found.values() for at, row in rows.items() if at == length}) > 1:
+            raise ValueError(
+                f"at {length:,} tokens some records are of CUDA graphs and some are not: name records of one kind"
+            )
     ratios: list[float | None] = [*sorted({s.compression for s in found if s.compression is not None})] or [None]
     looks = {s.method: _look(i, s.peer) for i, s in enumerate({s.method: s for s in found}.values())}
     lengths = sorted({length for rows in found.values() for length in rows})
@@ -75,7 +81,7 @@ def speed_figure(records: Sequence[Record]) -> Figure:
         _format(panels, lengths)
         _legend(figure, looks, len(ratios))
         rounds = ", ".join(sorted({str(record.config["rounds"]) for record in records}))
-        graphs = sorted({row["length"] for r in records if r.config.get("graphs") for row in r.metrics.get("rows", [])})
+        graphs = sorted({length for rows in found.values() for length, row in rows.items() if row["graphs"]})
         captured = f" Replays of CUDA graphs at {', '.join(f'{n:,}' for n in graphs)} tokens." if graphs else ""
         matched = any(s.peer and s.compression is not None for s in found)
         add_caption(
@@ -83,7 +89,7 @@ def speed_figure(records: Sequence[Record]) -> Figure:
             f"{shapes[0]}. Medians of {rounds} rounds, selection and gather included. Dense: the fastest kernel of the "
             "run. Ideal: dense pairs / attended pairs."
             + captured
-            + (" Peers attend as many keys as LRSA at the same ratio." if matched else ""),
+            + (" Peers attend nearly as many keys as LRSA at the same ratio." if matched else ""),
         )
     return figure
 
@@ -116,7 +122,8 @@ def _series(records: Sequence[Record]) -> dict[Series, dict[int, Mapping[str, An
             if len([lag for peer, lag in matched if peer == row["peer"]]) > 1:
                 method += f" as L {row['lag']}"
         lag = row["lag"] or 0
-        found[Series("peer" in row, lag, method, row["compression"])][row["length"]] = row
+        drawn = {**row, "graphs": bool(record.config.get("graphs"))}
+        found[Series("peer" in row, lag, method, row["compression"])][row["length"]] = drawn
     order = sorted(found, key=lambda s: (s.peer, s.lag, s.method, s.compression or 0))
     return {series: found[series] for series in order}
 

@@ -101,9 +101,9 @@ def _kernels_row(config: Mapping[str, Any], row: Mapping[str, Any]) -> list[str]
 
 
 def _why_wrong(row: Mapping[str, Any]) -> str:
-    if row["error"] <= row["allowed_error"]:  # then it chose otherwise than its reference; a NaN is an error
+    if row["error"] is not None and row["error"] <= row["allowed_error"]:  # then it chose otherwise than its reference
         return f"{row['selection_agreement']:.0%} of its blocks right"
-    return f"{row['error']:.0e} > {row['allowed_error']:.0e}"
+    return f"{_error(row['error'])} > {_error(row['allowed_error'])}"
 
 
 def _memory(config: Mapping[str, Any], row: Mapping[str, Any]) -> str:
@@ -127,6 +127,7 @@ def _step(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], device: 
     """A training step: ms, tokens a second, peak memory; attention's share of the dense one, and what it predicts."""
     name = config["model"]["name"]
     layers = ", compiled layers" if config.get("compile") else ""  # records until 2026-11-22 do not say
+    layers += ", attention alone as CUDA graphs" if any(row.get("attention_as_graphs") for row in rows) else ""
     title = f"Training step, dense -> sparse, {name}, batch {config['batch_size']}, {config['dtype']}{layers}, {device}"
     table = []
     for row in rows:

@@ -70,6 +70,7 @@ def _attention(
     saved = layers * (times["dense"].median - times["sparse"].median)
     return {
         "attention": {name: vars(t) for name, t in times.items()},
+        "attention_as_graphs": device.type == "cuda",
         "attention_share": layers * times["dense"].median / step,
         "predicted_step_ratio": (step - saved) / step,
     }

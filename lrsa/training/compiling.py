@@ -1,12 +1,9 @@
 """`trainer.compile`: a model's decoder layers as fused kernels while it trains (torch.compile).
 
-Layer by layer: all layers share one compilation, which takes seconds where a whole model takes minutes. Only while it
-trains: an evaluation reads prompts of all lengths, and each would be compiled anew. Parameters, their names and the
-layers themselves stay what they are, so that checkpoints know nothing of it.
-
-A layer is one graph, its sparse attention included (`lrsa.attention.compiled`), for each attention that steps draw and
-for a teacher's passes. Padded and packed rows, straight-through gradients, schedule ``prefill_once`` and the mask form
-take Python in every pass: their attention runs apart, and with activation checkpointing the whole layer as it is.
+Layer by layer: layers of one config share a compilation (under a pyramid budget those of one K), which takes seconds
+where a whole model takes minutes. Only while it trains: an evaluation reads prompts of all lengths, and each would be
+compiled anew. Parameters, their names and the layers themselves stay what they are, so that checkpoints know nothing
+of it.
 """
 
 from __future__ import annotations
@@ -22,7 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 # A variant for each attention that steps draw, for layers of other budgets, with and without gradient (a teacher), and
 # for the pieces around a graph break: more than PyTorch's 8, past which it goes on uncompiled.
-RECOMPILE_LIMIT = 256
+RECOMPILE_LIMIT = 1024
 BACKEND = "inductor"  # torch.compile's own
 
 

@@ -41,10 +41,13 @@ def lag_deviation(x: Tensor, lag: Tensor) -> Tensor:
     """``[..., L, D]`` tokens, ``[..., W, D]`` lag -> ``[..., L]`` float32: softmax over tokens of the deviation over
     channels.
 
-    Channels that are constant in the lag have no range to be scaled by and count as 0.
+    Channels that are constant in the lag, or so nearly that float32 has no reciprocal of it, have no range to be scaled
+    by and count as 0.
     """
     x, lag = x.float(), lag.float()
-    low, high = lag.amin(-2, keepdim=True), lag.amax(-2, keepdim=True)
+    low = lag.amin(-2, keepdim=True)
+    width = lag.amax(-2, keepdim=True) - low
+    ranges = width >= torch.finfo(torch.float32).tiny
     # Divided by 1 there, for a gradient (`straight_through`) would come back as 0 * inf.
-    scaled = torch.where(high > low, (x - low) / torch.where(high > low, high - low, 1.0), 0.0)
+    scaled = torch.where(ranges, (x - low) / torch.where(ranges, width, 1.0), 0.0)
     return scaled.std(-1).softmax(-1)

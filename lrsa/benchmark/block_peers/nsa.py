@@ -26,7 +26,8 @@ from lrsa.config import BenchConf
 SMALLEST_GROUP = 16  # query heads a key/value head: the rows of a tile of its kernels
 SIZES = (64, 128, 256)  # the paper's, and larger ones where it would take more blocks than can be sorted
 GATE_COUNT = 4  # the package's reference holds all that a query attends, times T
-AGREEMENT = 0.9  # of the chosen blocks with the float32 reference's; the rest are near ties in bfloat16
+GATE_BLOCKS = 18  # of the gate's tokens: three of the four are given, and the fourth is one of up to fifteen
+AGREEMENT = 0.9  # of the blocks that it is free to choose with the float32 reference's; the rest are near ties
 
 
 def package() -> str:
@@ -80,7 +81,7 @@ def gate(conf: BenchConf, blocks: Blocks, device: torch.device) -> dict[str, Any
     """Output and gradients of one group of heads against the package's own reference in float32, on the same blocks;
     and how many of these its reference would have chosen."""
     blocks = replace(blocks, count=GATE_COUNT)
-    tokens, group = (blocks.count + 2) * blocks.size + 37, conf.query_heads // conf.key_value_heads
+    tokens, group = GATE_BLOCKS * blocks.size + 37, conf.query_heads // conf.key_value_heads
     generator = torch.Generator().manual_seed(conf.run.seed)
     made = [torch.randn((1, tokens, h, conf.head_dim), generator=generator) for h in (group, 1, 1, group)]
     query, key, value, grad = (x.to(device, getattr(torch, conf.dtype)) for x in made)
@@ -120,8 +121,17 @@ def _chosen(query: Tensor, key: Tensor, value: Tensor, blocks: Blocks) -> tuple[
         q=query, k=means[0], TK=tokens, lse=log_sum, block_counts=counts, block_size=blocks.size, scale=scale
     )
     wanted = naive.naive_nsa_topk(query.float(), means[0].float(), blocks.count, blocks.size, scale)
-    same = (chosen.sort(-1).values == wanted.sort(-1).values).float().mean()
-    return chosen, float(same)
+    return chosen, free_agreement(chosen, wanted, blocks.size)
+
+
+def free_agreement(chosen: Tensor, wanted: Tensor, size: int) -> float:
+    """Share of the blocks ``chosen [B, T, H, count]`` that are among ``wanted`` too, of those that were a choice:
+    neither the first block, the query's own or the one before it, nor a -1 of a query that has fewer."""
+    own = (torch.arange(chosen.shape[1], device=chosen.device) // size)[None, :, None, None]
+    plenty = own >= chosen.shape[-1]  # blocks in the past beyond those that are given
+    free = (chosen > 0) & (chosen < own - 1) & plenty
+    both = (chosen[..., :, None] == wanted[..., None, :]).any(-1)
+    return float((both & free).sum() / free.sum())
 
 
 def _options(query: Tensor, key: Tensor, blocks: Blocks) -> dict[str, Any]:

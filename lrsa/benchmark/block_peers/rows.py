@@ -47,19 +47,19 @@ def check_peers(conf: BenchConf, device: torch.device) -> None:
 
 
 def settings(conf: BenchConf) -> list[Setting]:
-    """What will be timed, in order; settings that two cases have in common are timed once.
+    """What will be timed, in order; settings that two cases have in common are measured once.
 
     Raises:
         ValueError: see `check_peers`.
     """
-    found: dict[tuple[str, int, Blocks], Setting] = {}
+    found: list[Setting] = []
     for length in conf.lengths:
         for spec in conf.peers:
             name, blocks = _parsed(spec)
             if blocks is not None:
                 if blocks.pairs(length) >= length * (length + 1) // 2:
                     raise ValueError(f"peers: {spec} at {length:,} tokens is dense attention: ask for fewer blocks")
-                found.setdefault((name, length, blocks), Setting(name, length, blocks))
+                found.append(Setting(name, length, blocks))
                 continue
             for config, compression in cases(conf):
                 try:
@@ -67,27 +67,28 @@ def settings(conf: BenchConf) -> list[Setting]:
                 except ValueError as error:
                     where = f"lag {config.lag_size}, compression {compression:g}"
                     raise ValueError(f"peers: {name} cannot attend as many keys as {where}: {error}") from error
-                setting = Setting(name, length, blocks, config.lag_size, compression)
-                found.setdefault((name, length, blocks), setting)
-    return list(found.values())
+                found.append(Setting(name, length, blocks, config.lag_size, compression))
+    return list(dict.fromkeys(found))
 
 
 def run(conf: BenchConf, device: torch.device) -> Iterator[dict[str, Any]]:
     """One row a setting, fields as those of `lrsa.benchmark.kernels.run`; what breaks off or does not fit says so."""
+    measured: dict[tuple[str, int, Blocks], dict[str, Any]] = {}
     for setting in settings(conf):
-        peer = PEERS[setting.peer]
+        peer, what = PEERS[setting.peer], (setting.peer, setting.length, setting.blocks)
         row: dict[str, Any] = {"length": setting.length, "peer": setting.peer, "package": peer.package()}
         row |= {"blocks": setting.blocks.count, "block_size": setting.blocks.size}
         row |= {"lag": setting.lag, "compression": setting.compression}
-        try:
-            row |= _measured(conf, setting, peer, device)
-        except torch.OutOfMemoryError:
-            row["failed"] = "out of memory"
-        except Exception as error:  # in code of others: what was measured stands, and the next one may do better
-            log.exception("%s %s at %s tokens broke off", setting.peer, setting.blocks, setting.length)
-            row["failed"] = f"{type(error).__name__}: {error}"
-        free_memory(device)
-        yield row
+        if what not in measured:
+            try:
+                measured[what] = _measured(conf, setting, peer, device)
+            except torch.OutOfMemoryError:
+                measured[what] = {"failed": "out of memory"}
+            except Exception as error:  # in code of others: what was measured stands, and the next one may do better
+                log.exception("%s %s at %s tokens broke off", setting.peer, setting.blocks, setting.length)
+                measured[what] = {"failed": f"{type(error).__name__}: {error}"}
+            free_memory(device)
+        yield row | measured[what]
 
 
 def _measured(conf: BenchConf, setting: Setting, peer: ModuleType, device: torch.device) -> dict[str, Any]:
