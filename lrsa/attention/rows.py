@@ -17,11 +17,9 @@ from torch import Tensor
 
 from lrsa.attention import fused
 
-BLOCK = 128  # rows; ``raw_offset``, ``length`` and each of ``again`` are multiples
-
 
 class Plan(NamedTuple):
-    """Where what stands.
+    """Where what stands; ``raw_offset``, ``length`` and each of ``again`` are multiples of `blocks.KEY_BLOCK`.
 
     Attributes:
         tokens: T.

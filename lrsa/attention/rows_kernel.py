@@ -16,7 +16,8 @@ import triton.language as tl  # type: ignore
 from torch import Tensor
 
 from lrsa.attention import fused
-from lrsa.attention.rows import BLOCK, Plan
+from lrsa.attention.blocks import KEY_BLOCK
+from lrsa.attention.rows import Plan
 
 ROWS = 32  # of a program; of a whole number of them a block of rows is made
 
@@ -157,7 +158,7 @@ def gather(key: Tensor, value: Tensor, index: Tensor, plan: Plan) -> tuple[Tenso
         _gather[(triton.cdiv(length, ROWS), batch * heads)](
             key, value, index, _firsts(plan.again, plan.length, key.device), *out, plan.tokens, plan.sink, plan.used,
             plan.raw_offset, plan.raw_start, length, *key.stride()[:3], *value.stride()[:3], HEADS=heads, DIM=dim,
-            DIM_TILE=triton.next_power_of_2(dim), ROWS=ROWS, PER_BLOCK=BLOCK, num_warps=4,
+            DIM_TILE=triton.next_power_of_2(dim), ROWS=ROWS, PER_BLOCK=KEY_BLOCK, num_warps=4,
         )  # fmt: skip
     return out[0], out[1]
 
@@ -188,7 +189,7 @@ def _readable(x: Tensor) -> Tensor:
 
 @functools.lru_cache(maxsize=64)
 def _firsts(again: tuple[int, ...], length: int, device: torch.device) -> Tensor:
-    pieces = [torch.arange(0, count, BLOCK, dtype=torch.int32) for count in (*again, length)]
+    pieces = [torch.arange(0, count, KEY_BLOCK, dtype=torch.int32) for count in (*again, length)]
     return torch.cat(pieces).to(device)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -16,6 +15,7 @@ from lrsa.attention import SparseAttentionConfig, flash4, kept_tokens, sparse_at
 from lrsa.attention.api import choose_backend
 from lrsa.attention.selection import select
 from lrsa.benchmark.cases import cases
+from lrsa.benchmark.gate import relative_error, worst
 from lrsa.benchmark.timing import captured, compare, peak_memory
 from lrsa.config import BenchConf
 
@@ -200,5 +200,4 @@ def _gradients(
 
 def largest_error(found: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> float:
     """The largest of the relative errors, each in the Euclidean norm; infinite where one is no number."""
-    errors = [float((f.double() - e).norm() / e.norm()) for f, e in zip(found, exact, strict=True)]
-    return max(error if math.isfinite(error) else math.inf for error in errors)
+    return worst([relative_error(f, e) for f, e in zip(found, exact, strict=True)])

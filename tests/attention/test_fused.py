@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lrsa.attention import SparseAttentionConfig, kept_tokens, rows, selection
+from lrsa.attention.blocks import KEY_BLOCK
 from lrsa.attention.rows import Plan
 from lrsa.attention.scorers.lag_relative import lag_deviation
 from tests.attention.interpreter import on_gpu, run_in_a_process_of_its_own, skip_without
@@ -107,8 +108,8 @@ def rows_case(
     noise = torch.rand(batch, heads, partitions, lag, generator=generator)
     starts = sink + lag * torch.arange(partitions)[:, None]
     index = (noise.argsort(-1)[..., :kept].sort(-1).values + starts).flatten(-2)
-    raw_offset = -(-(sink + partitions * kept) // rows.BLOCK) * rows.BLOCK
-    length = raw_offset + -(-(tokens - raw_start) // rows.BLOCK) * rows.BLOCK
+    raw_offset = -(-(sink + partitions * kept) // KEY_BLOCK) * KEY_BLOCK
+    length = raw_offset + -(-(tokens - raw_start) // KEY_BLOCK) * KEY_BLOCK
     plan = Plan(tokens, sink, lag, kept, partitions, raw_offset, raw_start, length, again)
     key = torch.randn(batch, tokens, heads, dim, generator=generator).to(device, dtype).transpose(1, 2)
     value = torch.randn(batch, heads, tokens, dim, generator=generator).to(device, dtype)
