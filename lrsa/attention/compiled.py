@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lrsa.attention import flex, gather, inspection, operators
 from lrsa.attention.api import choose_backend
-from lrsa.attention.config import SparseAttentionConfig
+from lrsa.attention.config import BY_LAYER, SparseAttentionConfig
 from lrsa.attention.dense import attend_dense
 from lrsa.attention.layout import Geometry
 
@@ -44,7 +44,7 @@ def prepare(model: nn.Module, attention: SparseAttentionConfig | None, depth: in
         module.lrsa_layer, module.lrsa_index = None, None  # type: ignore[assignment]
         if fits and resolved is not None and module.layer_idx is not None:
             index: int = module.layer_idx  # type: ignore[assignment]
-            layer = resolved.for_layer(index, depth if resolved.budget == "pyramid" else None)
+            layer = resolved.for_layer(index, depth if resolved.budget in BY_LAYER else None)
             module.lrsa_layer = DENSE_LAYER if layer is None else layer.to_json()  # type: ignore[assignment]
             module.lrsa_index = torch.tensor(index, device="cpu")
             configs |= set() if layer is None else {layer.to_json()}

@@ -12,7 +12,8 @@ from lrsa.attention.layout import Geometry, PromptGeometry
 from lrsa.attention.scorers import SCORERS, Scorer, build_scorer
 from lrsa.config import AttentionConf
 
-BUDGETS = ("uniform", "pyramid", "adaptive")
+BUDGETS = ("uniform", "pyramid", "concentrated", "adaptive")
+BY_LAYER = ("pyramid", "concentrated")  # budgets under which layers keep different numbers of tokens
 PYRAMID_BETA = 20  # the last layer keeps 1/20 of the mean (PyramidKV's own setting)
 ONCE = "prefill_once"
 SCHEDULES = ("chunked", ONCE)
@@ -34,9 +35,11 @@ class SparseAttentionConfig:
         top_k: K in [0, L], the kept tokens as a count. At most one of ``keep_ratio`` and ``top_k``.
         chunk_size: C >= 1, tokens between two compressions; L by default, where training, prefill and decode coincide.
         dense_layers: indices of layers with full attention; negative ones count from the last layer.
-        budget: how the kept tokens are shared, the same total each time: ``uniform``, ``pyramid``, linearly falling
-            from the first layer to the last (PyramidKV, arXiv 2406.02069), or ``adaptive``, to the heads of a layer by
-            their scores (AdaKV, arXiv 2407.11550; mask form alone). The chunked schedule has all three.
+        budget: how the kept tokens are shared, the same total each time: ``uniform``; ``pyramid``, linearly falling
+            from the first layer to the last (PyramidKV, arXiv 2406.02069); ``concentrated``, where the total is that of
+            all layers, ``dense_layers`` included: in the order given, as many of them attend densely as it pays for,
+            and the other layers share the rest evenly; or ``adaptive``, to the heads of a layer by their scores
+            (AdaKV, arXiv 2407.11550; mask form alone). The chunked schedule has all of them.
         schedule: ``chunked``, each partition once its lag was read, wherever the prompt ends; or ``prefill_once``, as
             SnapKV, H2O and kvpress are published: the prompt attends densely, and at its end the p tokens between sinks
             and lag are compressed to ``int(r * p)`` (or ``min(top_k, p)``), as one partition. What follows the prompt
@@ -98,6 +101,17 @@ class SparseAttentionConfig:
         scorer = self.build_scorer()  # an unknown scorer or argument fails here, before any forward
         if self.schedule == ONCE:
             self._check_once(scorer)
+        if self.budget == "concentrated" and not self.dense_layers:
+            raise ValueError(
+                "budget='concentrated' takes tokens from most layers to leave dense_layers all of theirs, and "
+                "dense_layers is empty: name them, the neediest first (lrsa-eval mode=layers ranks them), or take "
+                "budget='uniform'"
+            )
+        if self.budget == "concentrated" and self.equal_bytes_at is not None:
+            raise ValueError(
+                f"equal_bytes_at={self.equal_bytes_at} with budget='concentrated': a wider window has no tokens of "
+                "partitions to share over layers; leave equal_bytes_at None, or take budget='uniform'"
+            )
         if self.budget == "adaptive" and not scorer.comparable:
             raise ValueError(
                 f"budget='adaptive' shares tokens by comparing scores of different heads, and those of scorer="
@@ -205,15 +219,18 @@ class SparseAttentionConfig:
             ValueError: as `resolved`; a budget that depends on the depth, which is not given.
         """
         resolved = self.resolved(num_layers)
-        if index in resolved.dense_layers:
-            return None
-        if self.budget != "pyramid":
-            return self
+        if self.budget not in BY_LAYER:
+            return None if index in resolved.dense_layers else self
         if num_layers is None:
             raise ValueError(
                 f"budget={self.budget!r} depends on the number of layers: pass config.for_layer(index, num_layers)"
             )
-        return _share(resolved, index, num_layers)
+        kept = _shares(resolved, num_layers)[index]
+        return None if kept is None else _uniform(resolved, kept)
+
+    def alone(self, index: int, num_layers: int) -> SparseAttentionConfig:
+        """What says the same of layer ``index`` whatever the model's depth: `for_layer`, or a config with it dense."""
+        return self.for_layer(index, num_layers) or _dense_at(self, index)
 
     def resolved(self, num_layers: int | None) -> SparseAttentionConfig:
         """The same config with ``dense_layers`` counted from the first layer.
@@ -228,7 +245,10 @@ class SparseAttentionConfig:
         for layer in self.dense_layers:
             if not -num_layers <= layer < num_layers:
                 raise ValueError(f"dense_layers={self.dense_layers}: layer {layer} is not among {num_layers} layers")
-        return replace(self, dense_layers=tuple(layer % num_layers for layer in self.dense_layers))
+        layers = tuple(layer % num_layers for layer in self.dense_layers)
+        if self.budget == "concentrated" and len(set(layers)) < len(layers):
+            raise ValueError(f"dense_layers={self.dense_layers} names a layer of {num_layers} twice: name each once")
+        return replace(self, dense_layers=layers)
 
     def with_compression(self, factor: float) -> SparseAttentionConfig | None:
         """The same rule at nominal compression ``factor`` (4 for "4x": keep ratio 1/4); None, full attention, at 1."""
@@ -274,10 +294,24 @@ class SparseAttentionConfig:
 
 
 @functools.lru_cache(maxsize=512)
-def _share(config: SparseAttentionConfig, index: int, num_layers: int) -> SparseAttentionConfig:
-    layers = [layer for layer in range(num_layers) if layer not in config.dense_layers]
-    kept = pyramid(config.geometry.kept, config.lag_size, len(layers))[layers.index(index)]
+def _uniform(config: SparseAttentionConfig, kept: int) -> SparseAttentionConfig:
     return replace(config, budget="uniform", keep_ratio=None, top_k=kept, dense_layers=())
+
+
+@functools.lru_cache(maxsize=512)
+def _dense_at(config: SparseAttentionConfig, index: int) -> SparseAttentionConfig:
+    return replace(config, budget="uniform", dense_layers=(index,))
+
+
+@functools.lru_cache(maxsize=512)
+def _shares(config: SparseAttentionConfig, layers: int) -> tuple[int | None, ...]:
+    """Kept tokens a partition of each layer, None where it is dense, under a budget by layer."""
+    mean, most = config.geometry.kept, config.lag_size
+    if config.budget == "concentrated":
+        dense, kept = concentrated(mean, most, len(config.dense_layers), layers)
+        return tuple(None if layer in config.dense_layers[:dense] else kept for layer in range(layers))
+    shares = iter(pyramid(mean, most, layers - len(set(config.dense_layers))))
+    return tuple(None if layer in config.dense_layers else next(shares) for layer in range(layers))
 
 
 @functools.lru_cache(maxsize=64)
@@ -290,6 +324,16 @@ def _window(geometry: Geometry, tokens: int) -> int:
         return abs(replace(geometry, lag=lag, kept=0, chunk=lag).slots(tokens) - wanted), -lag
 
     return min(range(1, tokens + 1), key=distance)
+
+
+def concentrated(mean: int, most: int, wanted: int, layers: int) -> tuple[int, int]:
+    """Dense layers, of those ``wanted``, and kept tokens a partition of the others, which keep at least none:
+    ``layers * mean`` in all, or less by what does not divide evenly.
+
+    mean, most: K that every layer would keep, and L, which a dense layer keeps.
+    """
+    dense = min(wanted, layers * mean // most)
+    return dense, 0 if dense == layers else (layers * mean - dense * most) // (layers - dense)
 
 
 def pyramid(mean: int, most: int, layers: int) -> list[int]:

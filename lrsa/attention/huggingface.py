@@ -133,7 +133,7 @@ def _attention(
         found = _FOUND.get(*told) or [_FOUND.put(_document_ids(*told, query), *told)]
         document_ids = found[0]
     depth: int = module.config.num_hidden_layers  # type: ignore[union-attr, assignment]
-    config = config.for_layer(layer_idx, depth) or config
+    config = config.alone(layer_idx, depth)
     prompt_lengths = kwargs.get("prompt_lengths")
     inputs = LayerInputs(layer_idx, query, key, value, config, scaling, document_ids, prompt_lengths)
     out = sparse_attention(

@@ -45,7 +45,7 @@ def _keep_nothing(evaluation: EvaluationConf, factors: list[float]) -> Iterator[
     attention = from_conf(evaluation.attention)
     for factor in factors if attention is not None else ():
         assert attention is not None
-        used = replace(attention, dense_layers=()).with_compression(factor)
+        used = replace(attention, budget="uniform", dense_layers=()).with_compression(factor)
         if used is not None and used.geometry.kept == 0:
             yield (
                 f"evaluation.compressions={factor:g} keeps none of a partition's {used.lag_size} tokens "

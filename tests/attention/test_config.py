@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lrsa.attention import SparseAttentionConfig, from_conf, slots, sparse_attention
-from lrsa.attention.config import pyramid
+from lrsa.attention.config import concentrated, pyramid
 from lrsa.config import AttentionConf
 from tests.attention.tensors import random_inputs
 
@@ -35,7 +35,7 @@ from tests.attention.tensors import random_inputs
         ({"sink_size": "16"}, ["sink_size='16'", "integer"]),
         ({"chunk_size": 0}, ["chunk_size=0", "at least 1"]),
         ({"chunk_size": 2.0}, ["chunk_size=2.0", "integer"]),
-        ({"budget": "cone"}, ["budget='cone'", "uniform, pyramid, adaptive"]),
+        ({"budget": "cone"}, ["budget='cone'", "uniform, pyramid, concentrated, adaptive"]),
         ({"schedule": "sliding"}, ["schedule='sliding'", "chunked"]),
     ],
     ids=lambda x: "-".join(f"{k}={v}" for k, v in x.items()) if isinstance(x, dict) else "",
@@ -205,6 +205,40 @@ def test_a_layers_share_of_a_pyramid():
     query = torch.zeros(1, 1, 4, 8)
     with pytest.raises(ValueError, match="for_layer"):
         sparse_attention(query, query, query, SparseAttentionConfig(budget="pyramid"))
+
+
+@pytest.mark.parametrize("mean", [0, 1, 7, 32, 64, 128])
+@pytest.mark.parametrize("wanted", [1, 7, 30])
+@pytest.mark.parametrize("layers", [7, 30])
+def test_a_concentrated_budget_spends_what_a_uniform_one_does(mean, wanted, layers):
+    dense, kept = concentrated(mean, 128, wanted, layers)
+    spent = dense * 128 + (layers - dense) * kept
+    assert 0 <= dense <= wanted and 0 <= kept <= 128
+    assert layers * mean - max(1, layers - dense) < spent <= layers * mean or dense == layers or kept == 128
+    assert dense == min(wanted, layers) or (dense + 1) * 128 > layers * mean  # no further one was affordable
+
+
+def test_a_layers_share_of_a_concentrated_budget():
+    config = SparseAttentionConfig(budget="concentrated", lag_size=128, dense_layers=(20, -4, 3, 11, 5, 6, 7, 8))
+
+    def shares(factor):
+        found = [config.with_compression(factor).for_layer(index, 30) for index in range(30)]
+        assert {share.budget for share in found if share} == {"uniform"}
+        dense = {index for index, share in enumerate(found) if share is None}
+        return dense, {share.top_k for share in found if share}
+
+    assert shares(2) == ({20, 26, 3, 11, 5, 6, 7, 8}, {40})  # (30 * 64 - 8 * 128) / 22
+    assert shares(4) == ({20, 26, 3, 11, 5, 6, 7}, {2})
+    assert shares(8) == ({20, 26, 3}, {3})  # the first three, in the order given
+    assert shares(64) == (set(), {2})
+    alone = config.with_compression(4)
+    assert alone.alone(26, 30).for_layer(26) is None and alone.alone(0, 30).for_layer(0).top_k == 2
+    with pytest.raises(ValueError, match=r"budget='concentrated' depends on the number of layers.*for_layer"):
+        dataclasses.replace(config, dense_layers=(20, 26)).for_layer(20)
+    with pytest.raises(ValueError, match=r"dense_layers=\(26, -4\) names a layer of 30 twice"):
+        dataclasses.replace(config, dense_layers=(26, -4)).resolved(30)
+    with pytest.raises(ValueError, match=r"dense_layers is empty.*lrsa-eval mode=layers.*budget='uniform'"):
+        SparseAttentionConfig(budget="concentrated")
 
 
 @pytest.mark.parametrize("tokens", [1500, 4096])

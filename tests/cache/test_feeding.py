@@ -127,6 +127,23 @@ def test_a_pyramid_has_all_forms_and_the_same_total(dense_layers):
     assert (parallel(model, ids) - mask_form).abs().max() > 0.01
 
 
+def test_a_concentrated_budget_has_all_forms_and_the_same_total():
+    """Of 4 tokens a partition in each of three layers the last takes its 8, and 2 are left for each of the others."""
+    config = config_of("lag_relative", budget="concentrated", dense_layers=(-1, 0), top_k=4)
+    model, ids = model_of("llama", config, backend="reference"), tokens(2, TOKENS)
+    mask_form = parallel(model, ids)
+    set_attention(model, config, backend="gather")
+    torch.testing.assert_close(parallel(model, ids), mask_form, **NEAR)
+    for block in (1, 13, TOKENS):
+        cache = make_cache(model)
+        torch.testing.assert_close(feed(model, cache, ids, block), mask_form, **NEAR)
+    few = config_of("lag_relative", top_k=2).geometry.held(TOKENS)
+    assert [layer.slots for layer in cache.report().layers] == [few, few, TOKENS]
+    assert 2 * few + TOKENS == 3 * config_of("lag_relative", top_k=4).geometry.held(TOKENS)
+    set_attention(model, config_of("lag_relative", top_k=4))
+    assert (parallel(model, ids) - mask_form).abs().max() > 0.01
+
+
 def test_prefill_in_blocks_is_prefill_at_once():
     model, ids = model_of("qwen3", config_of("lag_relative")), tokens(2, TOKENS)
     expected = parallel(model, ids)[:, -1]

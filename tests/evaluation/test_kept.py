@@ -18,6 +18,7 @@ CONFIGS = {
     "keeps nothing": SparseAttentionConfig("recency", sink_size=4, lag_size=16, top_k=0),
     "dense layers": SparseAttentionConfig(sink_size=4, lag_size=16, dense_layers=(0, -1)),
     "unlike layers": SparseAttentionConfig(sink_size=4, lag_size=16, budget="pyramid"),
+    "a dense layer's share": SparseAttentionConfig(sink_size=4, lag_size=16, budget="concentrated", dense_layers=(1,)),
     "once": SparseAttentionConfig("h2o", sink_size=4, lag_size=16, schedule="prefill_once"),
 }
 

@@ -12,6 +12,7 @@ from torch._dynamo.utils import counters
 from transformers import PreTrainedModel
 
 from lrsa.attention import SparseAttentionConfig, selection
+from lrsa.attention.config import BY_LAYER
 from lrsa.config import DistillationConf, LoraConf, RecipeConf, TrainerConf
 from lrsa.models import set_attention, target_logits
 from lrsa.training import compiling
@@ -132,15 +133,16 @@ def test_each_layer_selects_once_a_step(
         replace(SPARSE, budget="adaptive"),
         SparseAttentionConfig(sink_size=2, lag_size=8, schedule="prefill_once"),
         replace(SPARSE, budget="pyramid"),
+        replace(SPARSE, budget="concentrated", dense_layers=(1,), keep_ratio=None, top_k=5),
     ],
-    ids=["mask-form", "once", "pyramid"],
+    ids=["mask-form", "once", "pyramid", "concentrated"],
 )
 def test_what_takes_python_runs_apart_and_is_the_same(attention: SparseAttentionConfig, make_model: ModelMaker) -> None:
     model = make_model().train()
     expected = gradients(model, attention)
     with compiled_layers(model):
         same(expected, gradients(model, attention))
-        assert (graph_breaks() > 0) == (attention.budget != "pyramid")
+        assert (graph_breaks() > 0) == (attention.budget not in BY_LAYER)
 
 
 def test_rows_of_several_documents_are_the_same(make_model: ModelMaker) -> None:
