@@ -222,6 +222,14 @@ class SelectionConf:
 
 
 @dataclass
+class LayersConf:
+    """`layers`, of `lrsa-eval mode=layers`: which layers need the full cache, under `evaluation.attention` as it is
+    set. Compressions, floor and ceiling of `evaluation` are not read."""
+
+    count: int = 8  # layers to rank, besides evaluation.attention.dense_layers, which are dense from the start
+
+
+@dataclass
 class RunConf:
     """What every command knows about its run."""
 
@@ -253,7 +261,8 @@ class TrainConf:
 class EvalConf:
     """`lrsa-eval`: evaluate a checkpoint over the grid."""
 
-    # references in one pass; generate: answers; lm_eval: lm-eval's tasks; perplexity: of prose; selection: what is kept
+    # references in one pass; generate: answers; lm_eval: lm-eval's tasks; perplexity: of prose; selection: what is
+    # kept; layers: which of them need the full cache
     mode: str = "score"
     run: RunConf = field(default_factory=RunConf)
     model: ModelConf = field(default_factory=ModelConf)
@@ -264,6 +273,7 @@ class EvalConf:
     lm_eval: LMEvalConf = field(default_factory=LMEvalConf)
     perplexity: PerplexityConf = field(default_factory=PerplexityConf)
     selection: SelectionConf = field(default_factory=SelectionConf)
+    layers: LayersConf = field(default_factory=LayersConf)
     resume: str | None = None  # folder of a run that was killed or failed; what it finished is not computed again
     dry_run: bool = False  # as of lrsa-train
 

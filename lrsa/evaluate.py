@@ -1,7 +1,7 @@
 """`lrsa-eval`: evaluate a checkpoint over the grid of tasks and compressions.
 
 mode=score scores references in one pass each, mode=generate generates answers, mode=lm_eval runs lm-eval's tasks,
-mode=perplexity reads prose, mode=selection looks at which tokens are kept.
+mode=perplexity reads prose, mode=selection looks at which tokens are kept, mode=layers at which layers need them all.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lrsa.config import EvalConf, ModelConf, config_dir, register_configs
 from lrsa.evaluation import Task, evaluate, load_tasks
+from lrsa.evaluation.layers import rank_layers
 from lrsa.evaluation.perplexity import evaluate_prose, read_windows
 from lrsa.evaluation.selection import analyse
 from lrsa.models import build_model, build_tokenizer
 from lrsa.results import Record
 from lrsa.results.figures import NothingToShow, save_figure, selection_figure
+from lrsa.results.layers import as_override, layers_metrics, layers_table, write_layers
 from lrsa.results.record import write_atomically
 from lrsa.results.selection import selection_metrics, selection_tables, write_selection
 from lrsa.sweep import register_sweeps, run_once
@@ -78,6 +81,8 @@ def run_evaluation(conf: EvalConf, overrides: Sequence[str] = ()) -> Record:
             _run_perplexity(conf, tokenizer, record, logger)
         elif conf.mode == "selection":
             _run_selection(conf, tokenizer, record, logger)
+        elif conf.mode == "layers":
+            _run_layers(conf, tokenizer, record, logger)
         else:
             _run_grid(conf, tokenizer, record, logger)
     return record
@@ -167,6 +172,20 @@ def _run_selection(conf: EvalConf, tokenizer: PreTrainedTokenizerBase, record: R
     for factor in dict.fromkeys(cell["compression"] for cell in found) if conf.selection.figure else ():
         with contextlib.suppress(NothingToShow):  # the table has said so
             save_figure(selection_figure(selection, factor), record.folder, f"selection_{factor:g}x")
+
+
+def _run_layers(conf: EvalConf, tokenizer: PreTrainedTokenizerBase, record: Record, logger: WandbRun | None) -> None:
+    evaluation = dataclasses.replace(conf.evaluation, floor=False, ceiling=False)
+    tasks = load_tasks(tokenizer, evaluation, evaluation.length)
+    record.update(data=[fact for task in tasks for fact in task.facts()])
+    model = _load_model(conf)
+    check_context_window(model.config, evaluation.length)
+    keep = partial(write_layers, record.folder)
+    found = rank_layers(model, tokenizer, evaluation, conf.layers, tasks, conf.trainer.progress, keep)
+    finish(record, logger, [], [], layers_metrics(found))
+    console = Console(width=None if sys.stdout.isatty() else WIDE)
+    console.print(layers_table(found))
+    console.print(as_override(found), markup=False, highlight=False, soft_wrap=True)
 
 
 def other_model(conf: ModelConf, against: str) -> ModelConf:

@@ -19,6 +19,7 @@ from lrsa.evaluation.errors import EvaluationInputError, TruncationWarning
 from lrsa.models import load_model
 from lrsa.results import Record, RecordError
 from lrsa.results.figures import position_figure
+from lrsa.results.layers import read_layers
 from lrsa.results.positions import position_frame
 from lrsa.results.selection import read_selection
 from lrsa.table import build
@@ -378,6 +379,41 @@ def test_what_mode_selection_cannot_do_is_said_at_once(tmp_path: Path) -> None:
         assert said in str(error.value)
     with pytest.raises(ConfigError, match=r"compressions=64 keeps none of a partition's 32 tokens"):
         run_evaluation(configure(tmp_path / "run", "mode=selection", "evaluation.compressions=[4,64]"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_layers_in_order_and_what_stands_beside_their_record(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["mode=layers", "layers.count=2", "evaluation.attention.keep_ratio=0.25", "evaluation.ceiling=true"]
+    record = run_evaluation(configure(tmp_path / "run", *more))
+    shown = capsys.readouterr().out
+    found = read_layers(record.folder)
+    assert sorted(found["order"]) == [0, 1] and len(found["rounds"]) == 3
+    assert shown.rstrip().endswith(f"attention.dense_layers=[{found['order'][0]},{found['order'][1]}]")
+    assert "Layers that need the full cache" in shown
+    assert {fact["name"] for fact in record.data} == {"recall"} and record.cells == []
+    scored = run_evaluation(configure(tmp_path / "scored")).metrics
+    metrics = Record.load(tmp_path / "run").metrics
+    assert metrics["layers/nll/0"] == pytest.approx(scored["nll/recall/4x"])
+    assert metrics["layers/exact/0"] == scored["exact/recall/4x"] < metrics["layers/exact/all"]
+    assert metrics["layers/nll/all"] == pytest.approx(scored["nll/recall/full"])
+    assert metrics["layers/nll/2"] == pytest.approx(metrics["layers/nll/all"], abs=1e-4)
+
+    # the line as it is pasted: one more layer dense under the grid's own compressions
+    line = f"evaluation.attention.dense_layers=[{found['order'][0]}]"
+    dense = run_evaluation(configure(tmp_path / "dense", line)).metrics
+    assert dense["nll/recall/4x"] == pytest.approx(metrics["layers/nll/1"])
+    assert dense["exact/recall/4x"] == metrics["layers/exact/1"]
+
+
+def test_what_mode_layers_cannot_do_is_said_at_once(tmp_path: Path) -> None:
+    with pytest.raises(EvaluationInputError, match=r"layers\.count=3, but 2 of the model's 2 layers"):
+        run_evaluation(configure(tmp_path / "many", "mode=layers", "layers.count=3"))
+    assert Record.load(tmp_path / "many").status == "failed" and not (tmp_path / "many" / "layers.json").exists()
+    with pytest.raises(ConfigError, match=r"resume=.*: mode=layers keeps no journal") as error:
+        run_evaluation(configure(tmp_path / "run", "mode=layers", "layers.count=0", f"resume={tmp_path / 'many'}"))
+    assert "layers.count=0: layers to rank, at least 1" in str(error.value)
     assert not (tmp_path / "run").exists()
 
 

@@ -127,6 +127,25 @@ def test_a_backend_whose_package_is_missing_is_refused_at_once(installed, words,
             ["mode=lm_eval", "lm_eval.tasks=[x]", "attention@evaluation.attention=snapkv_adaptive"],
             r"mode=lm_eval needs a cache, which cannot hold evaluation\.attention: budget='adaptive' .* use mode=score",
         ),
+        (["mode=layers", "layers.count=0"], r"layers\.count=0: layers to rank, at least 1"),
+        (["mode=layers", "task=[]"], r"evaluation\.tasks is empty: mode=layers scores their references"),
+        (["mode=layers", "attention@evaluation.attention=dense"], r"scorer=dense: every layer is dense, .* choose a"),
+        (
+            ["mode=layers", "attention@evaluation.attention=snapkv_once"],
+            r"schedule=prefill_once does not work with mode=layers.*use schedule=chunked",
+        ),
+        (
+            ["mode=layers", "evaluation.attention.budget=pyramid"],
+            r"budget=pyramid does not work with mode=layers.*use budget=uniform",
+        ),
+        (
+            ["mode=layers", "attention@evaluation.attention=recency"],
+            r"equal_bytes_at=4096 widens the window .* set equal_bytes_at=null",
+        ),
+        (
+            ["mode=layers", "evaluation.attention.keep_ratio=null", "evaluation.attention.top_k=128"],
+            r"keep_ratio=None, top_k=128 keeps all 128 tokens of a partition: .* lower it",
+        ),
         (["mode=lm_eval", "lm_eval.tasks=[x]", "lm_eval.include_path=/nowhere"], r"include_path=/nowhere is no folder"),
         (["mode=lm_eval", "lm_eval.tasks=[x]", "lm_eval.limit=0"], r"lm_eval\.limit=0: at least 1"),
         (["mode=lm_eval", "lm_eval.tasks=[x]", "lm_eval.gen_kwargs=5"], r"lm_eval\.gen_kwargs=5 is not a mapping"),
@@ -145,7 +164,14 @@ def test_evaluations_that_cannot_work_are_refused(overrides: list[str], message:
 
 
 def test_every_mode_passes() -> None:
-    modes = (["mode=score"], ["mode=generate"], ["mode=perplexity"], ["mode=lm_eval", "lm_eval.tasks=[niah_single_1]"])
+    modes = (
+        ["mode=score"],
+        ["mode=generate"],
+        ["mode=perplexity"],
+        ["mode=selection", "evaluation.compressions=[4]"],
+        ["mode=layers", "evaluation.compressions=[1]"],
+        ["mode=lm_eval", "lm_eval.tasks=[niah_single_1]"],
+    )
     for overrides in modes:
         conf = compose_eval("model=recall_tiny", "trainer=cpu", *overrides, "evaluation.length=512")
         check_eval(conf)

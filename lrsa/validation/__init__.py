@@ -37,14 +37,14 @@ from lrsa.evaluation.errors import EvaluationInputError
 from lrsa.evaluation.peers import build_press
 from lrsa.results import Record, RecordError
 from lrsa.training import NonFiniteLoss, find_checkpoint, micro_batches
-from lrsa.validation import attention, objective, perplexity, processes, selection
+from lrsa.validation import attention, layers, objective, perplexity, processes, selection
 from lrsa.validation.problems import ConfigError, ConfigWarning, raised
 
 PRECISIONS = ("32-true", "bf16-mixed")
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 WANDB_MODES = ("online", "offline", "disabled", "shared")
 DTYPES = ("float32", "bfloat16", "float16")
-EVAL_MODES = ("score", "generate", "lm_eval", "perplexity", "selection")
+EVAL_MODES = ("score", "generate", "lm_eval", "perplexity", "selection", "layers")
 
 # What the user can put right: the message says how, and where in the code it was noticed does not matter.
 BAD_INPUT = (
@@ -113,7 +113,7 @@ def check_eval(conf: EvalConf) -> None:
         problems.append(f"mode={conf.mode!r} is unknown; choose one of {', '.join(EVAL_MODES)}")
     if conf.resume is not None:
         problems += _resumed(conf.resume)
-    if conf.resume is not None and conf.mode in ("lm_eval", "selection"):
+    if conf.resume is not None and conf.mode in ("lm_eval", "selection", "layers"):
         problems.append(
             f"resume={conf.resume}: mode={conf.mode} keeps no journal of what is finished; leave resume out"
         )
@@ -131,8 +131,12 @@ def check_eval(conf: EvalConf) -> None:
         problems += perplexity.problems_of(conf.perplexity, conf.evaluation)
     if conf.mode == "selection":
         problems += selection.problems_of(conf.selection, conf.evaluation)
+    if conf.mode == "layers":
+        problems += layers.problems_of(conf.layers, conf.evaluation)
     _report(problems)
-    if conf.mode != "lm_eval":  # whose prompts have lengths of their own
+    if conf.mode == "layers":
+        layers.warn_if_dense(conf.evaluation)
+    elif conf.mode != "lm_eval":  # whose prompts have lengths of their own
         attention.warn_evaluation(conf.evaluation, None)
 
 
