@@ -196,6 +196,8 @@ def test_samples_too_short_to_compress_warn() -> None:
         check_train(conf)
     with pytest.warns(ConfigWarning, match=r"evaluation\.length=200"):
         check_eval(compose_eval(*TINY[:3], "task=[recall]", "evaluation.length=200"))
+    with pytest.warns(ConfigWarning, match=r"evaluation\.length=200 never compresses"):  # which reads no compressions
+        check_eval(compose_eval("mode=layers", "task=[recall]", "evaluation.length=200", "evaluation.compressions=[1]"))
 
 
 def test_a_compression_that_keeps_nothing_warns() -> None:

@@ -61,6 +61,7 @@ def rank_layers(
     assert attention is not None  # the config's checks
     start, candidates = _layers(model, attention, settings.count)
     attention = replace(attention, dense_layers=start)
+    # Sparse throughout: `score` puts back what it found, and to dense and back would be two changes a candidate.
     with CellProgress("ranking layers", progress) as bar, evaluating(model, attention):
         samples = _build(tasks, bar)
         total = sum(map(len, samples.values()))
