@@ -1,5 +1,5 @@
 #!/bin/bash
-# An arm of one seed of experiments/smollm2_lossless: run.sh <none|dense|lrsa_random> <seed> [train|untouched|prose|2048|8192 ...]
+# An arm of one seed of experiments/smollm2_lossless: run.sh <none|dense|lrsa|lrsa_random> <seed> [train|untouched|prose|uniform|2048|8192 ...]
 #   M: folder of the base model, R: of the runs; TRAIN, EVAL: further overrides of lrsa-train, of lrsa-eval
 # Called again it skips what is finished and goes on where a killed run was.
 set -euo pipefail
@@ -23,20 +23,23 @@ evaluate() { # <stage> <overrides>...
   go "$run-$1" journal.jsonl lrsa-eval run.study=smollm2_lossless run.arm="$arm" run.seed="$seed" "${model[@]}" trainer=gpu \
     "${@:2}" ${EVAL:-}
 }
+budget=(evaluation.attention.budget=concentrated 'evaluation.attention.dense_layers=${model.retrieval_layers}')
 lengths=('task=[needles,xquad]' 'evaluation.compressions=[1,4,8]' evaluation.tasks.needles.limit=160 evaluation.tasks.xquad.limit=400)
 
 stages=("${@:3}")
-if [ ${#stages[@]} = 0 ]; then stages=(train untouched prose 2048 8192); fi
+if [ ${#stages[@]} = 0 ]; then stages=(train untouched prose uniform 2048 8192); fi
 for stage in "${stages[@]}"; do
   case $stage in
     train) go "$run" "$kept" lrsa-train experiment=smollm2_lossless recipe="$recipe" run.seed="$seed" \
       "${base[@]}" ${TRAIN:-} ;;
-    untouched) evaluate untouched mode=generate 'task=[untouched]' 'evaluation.compressions=[1,2,4,8]' evaluation.batch_size=55 \
+    untouched) evaluate untouched "${budget[@]}" mode=generate 'task=[untouched]' 'evaluation.compressions=[1,2,4,8]' evaluation.batch_size=55 \
       model.dtype=bfloat16 trainer.precision=32-true ;;
-    prose) evaluate prose mode=perplexity perplexity.text=Salesforce/wikitext:wikitext-2-raw-v1@validation \
+    prose) evaluate prose "${budget[@]}" mode=perplexity perplexity.text=Salesforce/wikitext:wikitext-2-raw-v1@validation \
       'evaluation.compressions=[1,4,8]' evaluation.batch_size=20 ;;
-    2048) evaluate 2048 "${lengths[@]}" evaluation.length=2048 evaluation.batch_size=20 ;;
-    8192) evaluate 8192 "${lengths[@]}" evaluation.length=8192 evaluation.batch_size=5 ;;
-    *) echo "no stage '$stage': train, untouched, prose, 2048, 8192" >&2; exit 1 ;;
+    uniform) evaluate uniform run.arm="$arm-uniform" 'task=[needles,xquad]' 'evaluation.compressions=[2,4,8]' evaluation.floor=false \
+      evaluation.batch_size=10 evaluation.tasks.needles.limit=320 ;;
+    2048) evaluate 2048 "${budget[@]}" "${lengths[@]}" evaluation.length=2048 evaluation.batch_size=20 ;;
+    8192) evaluate 8192 "${budget[@]}" "${lengths[@]}" evaluation.length=8192 evaluation.batch_size=5 ;;
+    *) echo "no stage '$stage': train, untouched, prose, uniform, 2048, 8192" >&2; exit 1 ;;
   esac
 done

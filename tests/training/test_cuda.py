@@ -82,11 +82,12 @@ def test_compiled_layers_compute_the_same(
     counters.clear()
     with compiled_layers(model):
         compiled_loss, found = gradients()
+        gradients()
         graphs = counters["stats"]["unique_graphs"]
         gradients()
     assert compiled_loss == pytest.approx(loss, rel=5e-3)
     for name, gradient in expected.items():
         assert (found[name] - gradient).norm() <= 0.03 * gradient.norm(), name
-    # The layers' one, and scores outside of it, which are compiled anew where nothing asks for a gradient.
-    assert 1 <= graphs == counters["stats"]["unique_graphs"] <= 2
+    # The layers' one, and scores and rows outside of it, which are compiled anew for what asks for no gradient.
+    assert 1 <= graphs == counters["stats"]["unique_graphs"] <= 4
     assert not counters["graph_break"]
