@@ -55,7 +55,7 @@ class ModelConf:
     rope_scaling: dict[str, Any] | None = None  # e.g. {rope_type: yarn, factor: 4.0}
     gradient_checkpointing: bool = False
     attention_backend: str = "auto"  # reference, gather, flex, flash4, auto
-    # layers that need the full cache, the neediest first, as `lrsa-eval mode=layers` ranks them: what recipe=lrsa spares
+    # layers that need the full cache, the neediest first, as `lrsa-eval mode=layers` ranks them (recipe=lrsa)
     retrieval_layers: list[int] = field(default_factory=list)
     lora: LoraConf | None = None
 

@@ -36,8 +36,11 @@ for stage in "${stages[@]}"; do
       model.dtype=bfloat16 trainer.precision=32-true ;;
     prose) evaluate prose "${budget[@]}" mode=perplexity perplexity.text=Salesforce/wikitext:wikitext-2-raw-v1@validation \
       'evaluation.compressions=[1,4,8]' evaluation.batch_size=20 ;;
-    uniform) evaluate uniform run.arm="$arm-uniform" 'task=[needles,xquad]' 'evaluation.compressions=[2,4,8]' evaluation.floor=false \
-      evaluation.batch_size=10 evaluation.tasks.needles.limit=320 ;;
+    uniform) # the same model where every layer keeps as much as every other
+      evaluate uniform run.arm="$arm-uniform" 'task=[needles,xquad,hotpotqa]' 'evaluation.compressions=[2,4,8]' evaluation.floor=false \
+        evaluation.batch_size=10 evaluation.tasks.needles.limit=320
+      evaluate untouched-uniform run.arm="$arm-uniform" mode=generate 'task=[untouched]' 'evaluation.compressions=[4,8]' \
+        evaluation.floor=false evaluation.batch_size=55 model.dtype=bfloat16 trainer.precision=32-true ;;
     2048) evaluate 2048 "${budget[@]}" "${lengths[@]}" evaluation.length=2048 evaluation.batch_size=20 ;;
     8192) evaluate 8192 "${budget[@]}" "${lengths[@]}" evaluation.length=8192 evaluation.batch_size=5 ;;
     *) echo "no stage '$stage': train, untouched, prose, uniform, 2048, 8192" >&2; exit 1 ;;
