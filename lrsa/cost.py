@@ -22,6 +22,8 @@ from lrsa.benchmark.cost import H100_FLOPS, Cost, Utilisation, measured_utilisat
 from lrsa.config import TrainConf, config_dir, register_configs
 from lrsa.results.record import Record
 from lrsa.results.study import FOLDER
+from lrsa.validation import attention
+from lrsa.validation.problems import report as refuse
 
 ASSUMED = 0.4  # where nothing was measured: what well-tuned training of such models reports
 
@@ -64,6 +66,7 @@ def main() -> None:
         return
     try:
         conf = read(sys.argv[1:])
+        refuse(attention.of_training(conf))
         cost = predict(conf)
         files = sorted(FOLDER.glob("*/records/*/record.json"))
         found = [one for file in files for one in measured_utilisations(Record.load(file))]

@@ -21,7 +21,10 @@ from lrsa.train import run_training
 from lrsa.validation import ConfigError, check_eval, check_train
 
 CONF = config_dir()
-TINY = ["model=tiny_random", "trainer=cpu", "logger=none", "data=demo_recall", "task=[recall]", "data.length=256"]
+TINY = [
+    "model=tiny_random", "trainer=cpu", "logger=none", "data=demo_recall", "task=[recall]", "data.length=256",
+    "recipe=lrsa_uniform",
+]  # fmt: skip
 
 
 def options(group: str) -> list[str]:
@@ -68,7 +71,8 @@ def compose_eval(*overrides: str) -> EvalConf:
 )
 def test_every_option_composes(group: str, option: str) -> None:
     override = f"task=[{option}]" if group == "task" else f"{group}={option}"
-    extra = ["recipe.compressions=[]"] if (group, option) == ("attention", "dense") else []
+    extra = ["recipe=lrsa_uniform"] if group in ("attention", "model") else []  # a budget or layers of their own
+    extra += ["recipe.compressions=[]"] if (group, option) == ("attention", "dense") else []
     extra += ["data=demo_recall", "data.parts.needles.questions=1"] if option == "snapkv_once" else []
     extra += ["data.parts.own.path=rows.jsonl"] if (group, option) == ("data", "jsonl") else []
     extra += ["evaluation.tasks.own.path=rows.jsonl"] if (group, option) == ("task", "own") else []
@@ -127,20 +131,44 @@ def test_every_choice_of_lm_eval_tasks_composes_and_is_known() -> None:
 
 def test_recipes_set_the_training_attention_and_studies_the_geometry() -> None:
     overrides = ["experiment=demo", "attention.sink_size=3", "attention.dense_layers=[0]"]
-    for recipe, scorer, compressions in (
-        ("dense", "dense", []),
-        ("lrsa", "lag_relative", [4]),
-        ("lrsa_mixed", "lag_relative", [2, 4, 8]),
+    for recipe, arm, scorer, compressions in (
+        ("dense", "dense", "dense", []),
+        ("lrsa_uniform", "lrsa", "lag_relative", [4]),
+        ("lrsa_mixed", "lrsa_mixed", "lag_relative", [2, 4, 8]),
+        ("lrsa", "lrsa", "lag_relative", [1, 4, 8]),
     ):
         conf = compose_train(*overrides, f"recipe={recipe}")
         assert conf.attention.scorer == scorer and conf.recipe.compressions == compressions
-        assert conf.run.arm == conf.recipe.name == recipe and conf.run.study == "demo"
+        assert conf.run.arm == conf.recipe.name == arm and conf.run.study == "demo"
+        assert conf.attention.budget == conf.evaluation.attention.budget
+        assert (conf.attention.budget == "concentrated") == (recipe == "lrsa")
         inference = conf.evaluation.attention
         assert (inference.scorer, inference.sink_size, inference.lag_size) == ("lag_relative", 3, 32)
         assert inference.dense_layers == [0] and conf.evaluation.length == conf.data.length == 512
     assert from_conf(compose_train("recipe=dense").attention) is None
     assert compose_train("trainer=gpu").evaluation.precision == "bf16-mixed"
     assert compose_train("attention=tova").attention.scorer == "tova", "a recipe's attention can be overridden"
+
+
+@pytest.mark.parametrize("model", ["smollm2", "smollm2_gguf"])
+def test_the_default_recipe_spares_the_layers_that_the_model_names(model: str) -> None:
+    conf = compose_train(f"model={model}")
+    layers = conf.model.retrieval_layers
+    assert len(set(layers)) == len(layers) > 0 and max(layers) < 30, "SmolLM2-135M has 30"
+    assert conf == compose_train(f"model={model}", "recipe=lrsa") and conf.recipe.compressions == [1, 4, 8]
+    for attention in (conf.attention, conf.evaluation.attention):
+        assert (attention.budget, attention.dense_layers) == ("concentrated", layers)
+    assert from_conf(conf.attention) == from_conf(conf.evaluation.attention)
+    check_train(conf)
+    other = compose_train(f"model={model}", "model.retrieval_layers=[3,1]")
+    assert other.attention.dense_layers == other.evaluation.attention.dense_layers == [3, 1]
+
+
+def test_studies_of_the_uniform_recipe_have_it_without_being_told() -> None:
+    for study in ("demo", "qwen2_5_7b", "llama3_1_8b", "smollm2_robustness", "smollm2_recipe", "smollm2_qa"):
+        conf = compose_train(f"experiment={study}")
+        assert (conf.run.arm, conf.recipe.compressions) == ("lrsa", [4]), study
+        assert conf.attention.budget == conf.evaluation.attention.budget == "uniform", study
 
 
 def test_the_real_run_is_what_it_says() -> None:
@@ -154,14 +182,24 @@ def test_the_real_run_is_what_it_says() -> None:
 
 
 def test_the_confirmation_study_trains_every_arm_alike_and_reads_no_book_that_is_held_out() -> None:
-    confs = [
-        compose_train("experiment=smollm2_lossless", f"recipe={name}") for name in ("none", "dense", "lrsa_random")
-    ]
-    assert [conf.run.arm for conf in confs] == ["none", "dense", "random"]
+    recipes = ("none", "dense", "lrsa_random", "lrsa")
+    confs = [compose_train("experiment=smollm2_lossless", f"recipe={name}") for name in recipes]
+    assert [conf.run.arm for conf in confs] == ["none", "dense", "random", "lrsa"]
     assert confs[2].recipe.random_share == 1 and confs[2].recipe.compressions == [1, 4, 8]
+    assert compose_train("experiment=smollm2_lossless") == confs[3] and confs[3].recipe.compressions == [1, 4, 8]
+    assert (confs[3].attention.budget, confs[3].attention.dense_layers) == (
+        "concentrated",
+        confs[3].model.retrieval_layers,
+    )
     for conf in confs:
         assert (conf.run.study, conf.recipe.steps, conf.recipe.learning_rate) == ("smollm2_lossless", 1000, 2e-4)
-        assert conf.evaluation.attention.scorer == "lag_relative" and conf.evaluation.compressions == [1, 2, 4, 8]
+        assert conf.evaluation.attention == confs[3].evaluation.attention and conf.evaluation.compressions == [
+            1,
+            2,
+            4,
+            8,
+        ]
+        assert from_conf(conf.evaluation.attention) == from_conf(confs[3].attention), "as the default recipe trains"
         assert {name: task.limit for name, task in conf.evaluation.tasks.items()} == {
             "needles": 320,
             "xquad": None,
@@ -269,6 +307,7 @@ def test_every_experiment_runs_on_a_tiny_model(
             f"experiment={experiment}",
             arm,
             "model=tiny_random",
+            "model.retrieval_layers=[1]",
             f"model.tokenizer={tiny_world / 'tokenizer'}",
             "trainer=cpu",
             "logger=none",

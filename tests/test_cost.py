@@ -22,7 +22,7 @@ from lrsa.cost import read
 from lrsa.results import Record
 
 ROOT = Path(__file__).resolve().parents[1]
-TINY = ["model=tiny_random", "data=demo_recall", "task=[recall]", "trainer=cpu"]
+TINY = ["model=tiny_random", "recipe=lrsa_uniform", "data=demo_recall", "task=[recall]", "trainer=cpu"]
 
 
 @pytest.mark.parametrize(
@@ -62,8 +62,24 @@ def test_compression_saves_attended_pairs_alone() -> None:
     assert scores / dense_scores == sparse.geometry.pairs(1024) / (1024 * 1025 / 2) < 0.5
 
 
+def test_each_layer_is_counted_by_its_own_share() -> None:
+    """Four layers at 4x: the total pays for a whole one and leaves none to the others; the second alone is dense."""
+    shape = replace(shape_of(read(TINY).model), layers=4)
+    uniform = SparseAttentionConfig(sink_size=4, lag_size=32, keep_ratio=1 / 4)
+    per_pair, dense = 4 * shape.query_heads * shape.head_dim, 1024 * 1025 / 2
+    spared = replace(uniform, dense_layers=(-1,))
+    assert forward_flops(shape, 1024, spared)[1] == per_pair * (dense + 3 * uniform.geometry.pairs(1024))
+    nothing = replace(uniform, keep_ratio=None, top_k=0).geometry.pairs(1024)
+    concentrated = replace(uniform, budget="concentrated", dense_layers=(1, 3))
+    assert forward_flops(shape, 1024, concentrated)[1] == per_pair * (dense + 3 * nothing)
+    pyramid = replace(uniform, budget="pyramid")
+    pairs = sum(pyramid.for_layer(layer, 4).geometry.pairs(1024) for layer in range(4))
+    assert forward_flops(shape, 1024, pyramid)[1] == per_pair * pairs
+
+
 def test_a_run_is_its_steps_and_a_device_its_share() -> None:
-    overrides = ["model=llama3_1_8b", "data=qa", "task=[xquad]", "recipe.micro_batch_size=1", "recipe.batch_size=8"]
+    overrides = ["model=llama3_1_8b", "recipe=lrsa_uniform", "data=qa", "task=[xquad]", "recipe.batch_size=8"]
+    overrides += ["recipe.micro_batch_size=1"]
     alone = predict(read([*overrides, "recipe.steps=10"]))
     assert alone.tokens == 10 * 8 * 4096
     longer = predict(read([*overrides, "recipe.steps=20"]))
@@ -83,7 +99,7 @@ def test_a_run_is_its_steps_and_a_device_its_share() -> None:
 
 
 def test_a_teacher_is_a_dense_pass_forward_in_the_steps_that_it_teaches() -> None:
-    conf = read([*TINY, "recipe=lrsa", "recipe.compressions=[1,4]"])
+    conf = read([*TINY, "recipe.compressions=[1,4]"])
     shape, steps = shape_of(conf.model), conf.recipe.steps * conf.recipe.batch_size
     alone, forward = predict(conf), sum(forward_flops(shape, conf.data.length, None))
     conf.recipe.distillation.weight = 0.5
@@ -118,13 +134,13 @@ def test_utilisation_is_that_of_the_records() -> None:
     for field, value in (("hardware", {"device": "cpu"}), ("command", "lrsa-train")):
         other = replace(record, **{field: value})
         assert measured_utilisations(other) == []
-    cost = predict(read([*TINY, "model=llama3_1_8b", "recipe=lrsa"]))
+    cost = predict(read([*TINY, "model=llama3_1_8b"]))
     assert most_alike([*step, *forward], cost) == [step[1], next(one for one in forward if one.sparse)]
     assert most_alike(step, replace(cost, sparse=False)) == [step[0]] and most_alike([], cost) == []
     fused = measured_utilisations(Record.load(ROOT / "experiments/benchmark/records/h100-step-4k-compiled"))
     assert "sparse, compiled" in fused[1].what and fused[1].share > step[1].share
     assert most_alike([*step, *fused], cost) == [step[1]]
-    compiled = predict(read([*TINY, "model=llama3_1_8b", "recipe=lrsa", "trainer.compile=true"]))
+    compiled = predict(read([*TINY, "model=llama3_1_8b", "trainer.compile=true"]))
     assert most_alike([*step, *fused], compiled) == [fused[1]]
 
 
@@ -149,8 +165,12 @@ def test_the_command_refuses_without_a_traceback(
 ) -> None:
     from lrsa.cost import main
 
-    for wrong, message in (("recipe.stepz=3", "recipe.stepz"), ("model.shape=absent", "there is no")):
-        monkeypatch.setattr(sys, "argv", ["lrsa-cost", "model=qwen2_5_7b", wrong])
+    for wrong, message in (
+        ("recipe.stepz=3", "recipe.stepz"),
+        ("model.shape=absent", "there is no"),
+        ("recipe=lrsa", "recipe=lrsa_uniform"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["lrsa-cost", "model=qwen2_5_7b", "recipe=lrsa_uniform", wrong])
         with pytest.raises(SystemExit):
             main()
         assert "error: " in (shown := capsys.readouterr().err) and message in shown

@@ -42,7 +42,7 @@ def test_the_start_is_small_and_what_its_recipe_makes() -> None:
 
 
 def test_both_arms_share_everything_but_the_attention() -> None:
-    dense, sparse = (composed("experiment=demo", f"recipe={arm}") for arm in ("dense", "lrsa"))
+    dense, sparse = (composed("experiment=demo", f"recipe={arm}") for arm in ("dense", "lrsa_uniform"))
     assert (dense.attention.scorer, sparse.attention.scorer) == ("dense", "lag_relative")
     assert sparse.recipe.compressions == [4]
     for conf in (dense, sparse):
@@ -57,7 +57,7 @@ def test_both_arms_share_everything_but_the_attention() -> None:
 
 
 def test_the_start_recalls_with_a_full_cache_only() -> None:
-    demo = composed("experiment=demo", "recipe=lrsa").evaluation
+    demo = composed("experiment=demo", "recipe=lrsa_uniform").evaluation
     task: ExamplesConf = demo.tasks["recall"]
     task.limit = 40
     conf = EvaluationConf(tasks={"recall": task}, attention=demo.attention, compressions=[1, 4], batch_size=20)

@@ -42,6 +42,7 @@ EVAL = [
 TRAIN = [
     *COMMON,
     "model=recall_tiny",
+    "recipe=lrsa_uniform",
     "data=demo_recall",
     "data.length=320",
     "attention.sink_size=4",

@@ -30,6 +30,7 @@ from lrsa.training import NonFiniteLoss, PostTraining
 
 SETTINGS = [
     "model=tiny_random",
+    "recipe=lrsa_uniform",
     "trainer=cpu",
     "trainer.progress=false",
     "trainer.log_every=1",
@@ -289,10 +290,12 @@ def test_a_benchmark_is_logged_when_it_is_over(tmp_path: Path) -> None:
 def test_settings_that_runs_are_told_apart_by(tmp_path: Path) -> None:
     """Of an evaluation, the rule is the one that it applies; what it has not is not there."""
     options = ["model=recall_tiny", "attention@evaluation.attention=snapkv", "evaluation.compressions=[1,1.5]"]
+    options += ["evaluation.attention.budget=concentrated", "evaluation.attention.dense_layers=[5,2]"]
     conf = OmegaConf.to_object(compose("eval", [*options, "task=[recall,needles]", f"run.output_dir={tmp_path}"]))
     record = Record.start(tmp_path, command="lrsa-eval", study="s", arm="a", seed=1, config=plain(conf))
     found = listed_config(record)
     expected = {"scorer": "snapkv", "eval_scorer": "snapkv", "eval_compressions": "1,1.5", "tasks": "recall,needles"}
+    expected |= {"budget": "concentrated", "dense_layers": "5,2"}
     expected |= {"model_name": "recall-tiny", "length": 4096, "command": "lrsa-eval", "arm": "a", "seed": 1}
     assert {name: found.get(name) for name in expected} == expected
     assert "compressions" not in found and found["evaluation"] == record.config["evaluation"]

@@ -22,6 +22,7 @@ from lrsa.training import NonFiniteLoss
 
 SMALL = [
     "model=tiny_random",
+    "model.retrieval_layers=[1]",  # so that the default recipe works
     "trainer=cpu",
     "trainer.progress=false",
     "data=demo_recall",

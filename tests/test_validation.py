@@ -61,6 +61,25 @@ from tests.test_configs import TINY, _hydra, compose_eval, compose_train  # noqa
             r"a row of evaluation\.tasks\.recall\.questions=3 has no one end",
         ),
         (["attention.schedule=prefill_once", "attention.chunk_size=8"], r"chunk_size=8 with schedule='prefill_once'"),
+        (
+            ["recipe=lrsa"],
+            r"1 setting.*: - attention\.budget=concentrated and evaluation\.attention\.budget=concentrated leave "
+            r"model\.retrieval_layers .* model\.name=recall-tiny has none: take recipe=lrsa_uniform, or name them, .*"
+            r"`lrsa-eval mode=layers` .*'model\.retrieval_layers=\[\.\.\.\]'$",
+        ),
+        (
+            ["recipe=dense", "evaluation.attention.budget=concentrated"],
+            r"- evaluation\.attention\.budget=concentrated leave.* take evaluation\.attention\.budget=uniform, or name",
+        ),
+        (
+            ["recipe=lrsa", "attention=recency", "model.retrieval_layers=[1]"],
+            r"- attention: equal_bytes_at=256 with budget='concentrated'.*\(.*, recipe=lrsa_uniform does not\)$",
+        ),
+        (
+            ["recipe=lrsa", "attention.sink_size=-1", "model.retrieval_layers=[1]"],
+            r"- attention: sink_size=-1: give an integer of at least 0 - evaluation\.attention: sink_size=-1[^(]*$",
+        ),
+        (["model.retrieval_layers=[1,0,1]"], r"model\.retrieval_layers=\[1, 0, 1\] names a layer twice"),
         (["attention=oracle"], r"attention\.scorer=oracle looks ahead .* attention@evaluation\.attention=oracle"),
         (["attention=keydiff", "attention.budget=adaptive"], r"attention: budget='adaptive' .*'keydiff'.*snapkv, tova"),
         (

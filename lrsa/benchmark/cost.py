@@ -108,8 +108,9 @@ def _measured_shape(model: nn.Module, config: Any, lora: LoraConf | None) -> Sha
 
 def forward_flops(shape: Shape, tokens: int, attention: SparseAttentionConfig | None) -> tuple[float, float]:
     """Of one sequence: of the matrices, and of attention."""
-    pairs = tokens * (tokens + 1) / 2 if attention is None else attention.geometry.pairs(tokens)
-    return 2.0 * shape.matrices * tokens, 4.0 * shape.query_heads * shape.head_dim * pairs * shape.layers
+    layers = [None if attention is None else attention.for_layer(i, shape.layers) for i in range(shape.layers)]
+    pairs = sum(tokens * (tokens + 1) // 2 if one is None else one.geometry.pairs(tokens) for one in layers)
+    return 2.0 * shape.matrices * tokens, 4.0 * shape.query_heads * shape.head_dim * pairs
 
 
 def training_flops(shape: Shape, tokens: int, attention: SparseAttentionConfig | None, checkpointing: bool) -> float:

@@ -36,6 +36,8 @@ SAME = (
 )
 # ... and of those that do, the one that differs least in these. Whatever neither names is scaled, or costs nothing.
 NEAR = ("attention", "evaluation.attention", "recipe.compressions", "data.parts", "evaluation.tasks")
+# What acts through another setting alone: here, through dense_layers.
+ACTS_ELSEWHERE = ("model.retrieval_layers",)
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,8 @@ def _of(config: Any, dotted: str) -> Any:
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any], groups: Sequence[str]) -> Iterator[str]:
     for group in groups:
         old, new = (dict(_leaves(_of(config, group), group)) for config in (before, now))
-        yield from (name for name in dict.fromkeys([*old, *new]) if old.get(name) != new.get(name))
+        names = [name for name in dict.fromkeys([*old, *new]) if name not in ACTS_ELSEWHERE]
+        yield from (name for name in names if old.get(name) != new.get(name))
 
 
 def _seconds(record: Record, conf: TrainConf | EvalConf) -> float | None:

@@ -32,6 +32,7 @@ def flat_config(record: Record) -> dict[str, Any]:
         "record_id": record.id,
         "model_name": _group(config, "model").get("name"),
         **{name: attention.get(name) for name in _ATTENTION},
+        "dense_layers": _joined(attention.get("dense_layers")) or None,  # without: not there, as others
         "compressions": _joined(recipe.get("compressions")),
         "eval_scorer": applied.get("scorer"),
         "eval_compressions": _joined(evaluation.get("compressions")),

@@ -38,7 +38,7 @@ from lrsa.evaluation.peers import build_press
 from lrsa.results import Record, RecordError
 from lrsa.training import NonFiniteLoss, find_checkpoint, micro_batches
 from lrsa.validation import attention, layers, objective, perplexity, processes, selection
-from lrsa.validation.problems import ConfigError, ConfigWarning, raised
+from lrsa.validation.problems import ConfigError, ConfigWarning, raised, report
 
 PRECISIONS = ("32-true", "bf16-mixed")
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
@@ -78,7 +78,7 @@ def check_train(conf: TrainConf) -> None:
     """Raises ConfigError listing every problem of an `lrsa-train` config; warns of what runs but looks wrong."""
     problems = [
         *_model(conf.model),
-        *attention.problems_of("attention", conf.attention),
+        *attention.of_training(conf),
         *attention.looks_ahead(conf.attention),
         *attention.backend(conf.model, "attention", conf.attention),
         *attention.backend(conf.model, "evaluation.attention", conf.evaluation.attention),
@@ -94,7 +94,7 @@ def check_train(conf: TrainConf) -> None:
         problems += _resumed(conf.resume)
     elif conf.resume is not None:
         problems += raised("", lambda: find_checkpoint(conf.resume or ""))
-    _report(problems)
+    report(problems)
     factors = conf.recipe.compressions or [4]
     attention.warn_if_dense("attention", conf.attention, "data.length", conf.data.length, factors)
     attention.warn_evaluation(conf.evaluation, conf.data.length)
@@ -104,6 +104,7 @@ def check_eval(conf: EvalConf) -> None:
     """Raises ConfigError listing every problem of an `lrsa-eval` config; warns of what runs but looks wrong."""
     problems = [
         *_model(conf.model),
+        *attention.problems_of("evaluation.attention", conf.evaluation.attention),
         *attention.backend(conf.model, "evaluation.attention", conf.evaluation.attention),
         *_trainer(conf.trainer),
         *_logger(conf.logger),
@@ -133,7 +134,7 @@ def check_eval(conf: EvalConf) -> None:
         problems += selection.problems_of(conf.selection, conf.evaluation)
     if conf.mode == "layers":
         problems += layers.problems_of(conf.layers, conf.evaluation)
-    _report(problems)
+    report(problems)
     if conf.mode == "layers":
         layers.warn_if_dense(conf.evaluation)
     elif conf.mode != "lm_eval":  # whose prompts have lengths of their own
@@ -152,13 +153,6 @@ def check_context_window(model_config: Any, length: int | None) -> None:
         )
 
 
-def _report(problems: Sequence[str]) -> None:
-    if problems:
-        raise ConfigError(
-            "\n".join([f"{len(problems)} setting(s) cannot work:", *(f"  - {line}" for line in problems)])
-        )
-
-
 def _model(conf: ModelConf) -> Iterator[str]:
     if conf.dtype not in DTYPES:
         yield f"model.dtype={conf.dtype!r} is unknown; choose one of {', '.join(DTYPES)}"
@@ -170,6 +164,8 @@ def _model(conf: ModelConf) -> Iterator[str]:
         yield f"model.config={conf.config} lacks model_type (llama, qwen2, ...), which says what the fields mean"
     if conf.config is not None and conf.gguf_file is not None:
         yield f"model.config asks for fresh weights, model.gguf_file={conf.gguf_file} for stored ones: give one of them"
+    if len(set(conf.retrieval_layers)) < len(conf.retrieval_layers):
+        yield f"model.retrieval_layers={list(conf.retrieval_layers)} names a layer twice: a layer has one rank"
     if conf.lora is not None and conf.lora.rank < 1:
         yield f"model.lora.rank={conf.lora.rank}: at least 1, or model.lora=null for full weights"
 
@@ -286,7 +282,6 @@ def _logger(conf: LoggerConf) -> Iterator[str]:
 
 
 def _evaluation(conf: EvaluationConf, length: int | None) -> Iterator[str]:
-    yield from attention.problems_of("evaluation.attention", conf.attention)
     yield from _compressions("evaluation.compressions", conf.compressions)
     if len(set(conf.compressions)) != len(conf.compressions):
         yield f"evaluation.compressions={list(conf.compressions)} repeats a value"

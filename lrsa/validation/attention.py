@@ -5,16 +5,37 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from lrsa.attention import from_conf
 from lrsa.attention.config import ONCE
 from lrsa.attention.scorers import SCORERS
-from lrsa.config import AttentionConf, EvalConf, EvaluationConf, ExamplesConf, ModelConf
+from lrsa.config import AttentionConf, EvalConf, EvaluationConf, ExamplesConf, ModelConf, TrainConf
 from lrsa.validation.problems import ConfigWarning, raised
 
 
 def problems_of(where: str, conf: AttentionConf) -> list[str]:
     return raised(where, lambda: from_conf(conf))
+
+
+def of_training(conf: TrainConf) -> list[str]:
+    """Of both attentions of `lrsa-train`, with the recipe to take where the budget of recipe=lrsa is the cause."""
+    both = {"attention": conf.attention, "evaluation.attention": conf.evaluation.attention}
+    lacking = [where for where, one in both.items() if one.budget == "concentrated" and not one.dense_layers]
+    if lacking and not conf.model.retrieval_layers:
+        instead = "recipe=lrsa_uniform" if "attention" in lacking else f"{lacking[0]}.budget=uniform"
+        return [
+            f"{' and '.join(f'{where}.budget=concentrated' for where in lacking)} leave model.retrieval_layers their "
+            f"whole cache, and model.name={conf.model.name} has none: take {instead}, or name them, the neediest "
+            "first, as `lrsa-eval mode=layers` ranks them: 'model.retrieval_layers=[...]'"
+        ]
+    return [problem for where, one in both.items() for problem in _with_recipe(where, one)]
+
+
+def _with_recipe(where: str, conf: AttentionConf) -> Iterator[str]:
+    of_budget = conf.budget == "concentrated" and not problems_of(where, replace(conf, budget="uniform"))
+    for problem in problems_of(where, conf):
+        yield f"{problem} (recipe=lrsa sets that budget, recipe=lrsa_uniform does not)" if of_budget else problem
 
 
 def one_question(

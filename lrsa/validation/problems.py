@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 
 class ConfigError(ValueError):
@@ -20,3 +20,11 @@ def raised(where: str, function: Callable[[], object]) -> list[str]:
     except (ValueError, FileNotFoundError) as error:
         return [f"{where}: {error}" if where else str(error)]
     return []
+
+
+def report(problems: Sequence[str]) -> None:
+    """Raises ConfigError with all of them, if there are any."""
+    if problems:
+        raise ConfigError(
+            "\n".join([f"{len(problems)} setting(s) cannot work:", *(f"  - {line}" for line in problems)])
+        )

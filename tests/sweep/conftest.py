@@ -19,6 +19,7 @@ from lrsa.sweep.lock import locked
 
 TINY = [
     "model=tiny_random",
+    "recipe=lrsa_uniform",
     "trainer=cpu",
     "trainer.progress=false",
     "trainer.checkpoint_every=1",

@@ -33,10 +33,10 @@ def joblib_here() -> None:
 
 def two_jobs(sweeps: Sweeps, *launcher: str) -> None:
     """Two jobs there, one of them finished here before; the same results as here."""
-    sweeps.run("recipe=dense,lrsa", "hydra.sweep.dir=here")
+    sweeps.run("recipe=dense,lrsa_uniform", "hydra.sweep.dir=here")
     sweeps.run("recipe=dense", "hydra.sweep.dir=there")
     (before,) = records(Path("there")).values()
-    sweeps.run("recipe=dense,lrsa", "resume=there", *launcher)
+    sweeps.run("recipe=dense,lrsa_uniform", "resume=there", *launcher)
     here, there = records(Path("here")), records(Path("there"))
     assert here.keys() == there.keys() and len(there) == 2
     assert [result(record) for record in here.values()] == [result(record) for record in there.values()]

@@ -62,7 +62,7 @@ def test_every_grid_is_planned(name: str, planned: Planned) -> None:
     if name == "inference":
         plan = planned(f"sweep={name}", "model=recall_tiny", "trainer=cpu", command="eval")
     else:
-        recipe = ["recipe=lrsa"] if name == "seeds" else []
+        recipe = ["recipe=lrsa_uniform"] if name == "seeds" else []
         plan = planned("experiment=smollm2_robustness", f"sweep={name}", "model=recall_tiny", "trainer=cpu", *recipe)
     assert (len(plan.jobs), len(plan.pruned), plan.repeated) == (JOBS[name], PRUNED.get(name, 0), [])
     assert len({(job.conf.run.arm, job.conf.run.seed) for job in plan.jobs}) == len(plan.jobs)
@@ -96,7 +96,6 @@ def test_the_search_composes_without_optuna(loader: ConfigLoader) -> None:
 def test_seven_knobs_and_what_cannot_be_combined(planned: Planned) -> None:
     plan = planned(
         *TINY,
-        "recipe=lrsa",
         "attention=lag_relative,keydiff",
         "attention.keep_ratio=null",
         "attention.chunk_size=8",
@@ -122,8 +121,8 @@ def test_seven_knobs_and_what_cannot_be_combined(planned: Planned) -> None:
         (["attention.lag_size=0", "run.seed=0"], r"none of the 1 .*lag_size=0"),
         (["attention.lag_size=0,-8"], r"none of the 2 .*lag_size=0: .*\(1 of them\)\n.*lag_size=-8: "),
         (
-            ["recipe=dense,lrsa", "attention.budget=unifrom"],
-            r"no combination .*with these values.*\n  - recipe=lrsa: .*",
+            ["recipe=dense,lrsa_uniform", "attention.budget=unifrom"],
+            r"no combination .*with these values.*\n  - recipe=lrsa_uniform: .*",
         ),
         (["attention.scorer=lag_relative,newest"], r"no combination .*\n  - attention.scorer=newest: .*choose one of"),
         (["recipe.learning_rate=interval(0,1)"], r"interval\(0,1\): a grid takes lists and ranges"),
@@ -142,7 +141,7 @@ def test_what_does_not_compose_is_an_error(planned: Planned) -> None:
 
 
 def test_the_same_config_is_one_job(planned: Planned) -> None:
-    plan = planned(*TINY, "recipe=dense,lrsa", "recipe.weight_decay=0.01,1e-2")
+    plan = planned(*TINY, "recipe=dense,lrsa_uniform", "recipe.weight_decay=0.01,1e-2")
     assert len(plan.jobs) == 2 and len(plan.repeated) == 2
 
 
@@ -160,10 +159,12 @@ def test_where_jobs_run_elsewhere_this_machine_need_not_have_a_gpu(
 
 
 def test_the_dry_run_says_what_is_done_and_what_is_left(sweeps: Sweeps, capsys: pytest.CaptureFixture[str]) -> None:
-    sweeps.run("recipe=dense,lrsa", "hydra.sweep.dir=runs/one")
+    sweeps.run("recipe=dense,lrsa_uniform", "hydra.sweep.dir=runs/one")
     before = {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()}
     capsys.readouterr()
-    sweeps.run("recipe=dense,lrsa", "run.seed=0,1", "recipe.compressions=[],[4]", "resume=runs/one", "dry_run=true")
+    sweeps.run(
+        "recipe=dense,lrsa_uniform", "run.seed=0,1", "recipe.compressions=[],[4]", "resume=runs/one", "dry_run=true"
+    )
     shown = capsys.readouterr().out
     assert "pruned 2: recipe.compressions=[4.0] draws a compression" in " ".join(shown.split())
     assert "6 jobs: 2 finished, 4 new. To do: about" in shown and "unknown" not in shown
@@ -171,20 +172,20 @@ def test_the_dry_run_says_what_is_done_and_what_is_left(sweeps: Sweeps, capsys: 
     assert {path: path.read_bytes() for path in Path("runs").rglob("*") if path.is_file()} == before
 
     capsys.readouterr()
-    sweeps.run("recipe=dense,lrsa", "data.length=256", "dry_run=true", "resume=null")
+    sweeps.run("recipe=dense,lrsa_uniform", "data.length=256", "dry_run=true", "resume=null")
     shown = capsys.readouterr().out
     assert shown.count("unknown") == 2 * 2 + 2 and not list(Path().glob("multirun/*"))
 
 
 def test_predictions_scale_what_was_measured(sweeps: Sweeps, planned: Planned) -> None:
-    sweeps.run("recipe=dense,lrsa", "hydra.sweep.dir=runs")
+    sweeps.run("recipe=dense,lrsa_uniform", "hydra.sweep.dir=runs")
     measured = Measured(["runs", "nowhere"])
     (record,) = [record for record in records(Path("runs")).values() if record.arm == "lrsa"]
     training, wall = record.training, record.wall_s
     assert training is not None and wall is not None
 
     def predicted(*overrides: str) -> Any:
-        (job,) = planned(*TINY, "recipe=lrsa", *overrides).jobs
+        (job,) = planned(*TINY, *overrides).jobs
         return measured.predict(job.conf)
 
     same = predicted("run.seed=7")
@@ -195,6 +196,10 @@ def test_predictions_scale_what_was_measured(sweeps: Sweeps, planned: Planned) -
     assert predicted("evaluation.tasks.recall.limit=12").seconds == pytest.approx(wall + 2 * scored)
     other = predicted("attention.lag_size=16")
     assert other.differs == ("attention.lag_size", "evaluation.attention.lag_size") and other.seconds == same.seconds
+    ranked = predicted("model.retrieval_layers=[1]")  # which no layer of this recipe attends differently for
+    assert (ranked.source, ranked.differs) == (record.folder, ())
+    spared = predicted("attention.dense_layers=[1]")
+    assert spared.differs == ("attention.dense_layers", "evaluation.attention.dense_layers")
     for change in ("model=recall_tiny", "recipe.batch_size=4", "data.length=256", "trainer.precision=bf16-mixed"):
         assert predicted(change).source is None and predicted(change).seconds is None, change
     new_task = predicted("task=[recall,passkey]", "evaluation.tasks.passkey.limit=3")

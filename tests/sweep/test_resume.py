@@ -14,7 +14,7 @@ from lrsa.sweep.lock import locked
 from tests.sweep.conftest import Sweeps, ended, has_said, held_by_another, kill, records, result, wait_until
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-GRID = ["recipe=dense,lrsa", "run.seed=0,1"]
+GRID = ["recipe=dense,lrsa_uniform", "run.seed=0,1"]
 SEEDS = ["run.seed=0,1"]
 
 
@@ -70,7 +70,7 @@ def test_a_killed_sweep_goes_on(sweeps: Sweeps) -> None:
 
 @pytest.mark.slow
 def test_24_jobs_killed_five_times(sweeps: Sweeps) -> None:
-    grid = ["recipe=dense,lrsa", "attention.lag_size=16,32", "run.seed=range(6)", "recipe.steps=40"]
+    grid = ["recipe=dense,lrsa_uniform", "attention.lag_size=16,32", "run.seed=range(6)", "recipe.steps=40"]
     killed_and_resumed(sweeps, grid, kills=5, draw=random.Random())
 
 

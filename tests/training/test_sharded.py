@@ -19,10 +19,10 @@ from lrsa.validation.processes import problems_of
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = [
     "data=demo_recall", "task=[recall]", "logger=none", "data.length=300", "attention.sink_size=4",
-    "attention.lag_size=32", "recipe=lrsa", "recipe.steps=4", "recipe.batch_size=4", "recipe.micro_batch_size=1",
-    "recipe.warmup_steps=1", "recipe.learning_rate=1e-2", "evaluation.tasks.recall.limit=4",
-    "evaluation.bootstrap=100", "evaluation.compressions=[1,4]", "trainer.accelerator=cpu", "trainer.progress=false",
-    "trainer.checkpoint_every=2", "run.threads=1",
+    "attention.lag_size=32", "recipe=lrsa_uniform", "recipe.steps=4", "recipe.batch_size=4",
+    "recipe.micro_batch_size=1", "recipe.warmup_steps=1", "recipe.learning_rate=1e-2",
+    "evaluation.tasks.recall.limit=4", "evaluation.bootstrap=100", "evaluation.compressions=[1,4]",
+    "trainer.accelerator=cpu", "trainer.progress=false", "trainer.checkpoint_every=2", "run.threads=1",
 ]  # fmt: skip
 WHOLE = ["model=tiny_random", "trainer.precision=32-true"]
 OBJECTIVE = [
