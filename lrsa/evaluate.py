@@ -33,7 +33,7 @@ from lrsa.evaluation.perplexity import evaluate_prose, read_windows
 from lrsa.evaluation.selection import analyse
 from lrsa.models import build_model, build_tokenizer
 from lrsa.results import Record
-from lrsa.results.figures import NothingToShow, save_figure, selection_figure
+from lrsa.results.figures import NothingToShow, layers_figure, save_figure, selection_figure
 from lrsa.results.layers import as_override, layers_metrics, layers_table, write_layers
 from lrsa.results.record import write_atomically
 from lrsa.results.selection import selection_metrics, selection_tables, write_selection
@@ -183,6 +183,7 @@ def _run_layers(conf: EvalConf, tokenizer: PreTrainedTokenizerBase, record: Reco
     keep = partial(write_layers, record.folder)
     found = rank_layers(model, tokenizer, evaluation, conf.layers, tasks, conf.trainer.progress, keep)
     finish(record, logger, [], [], layers_metrics(found))
+    save_figure(layers_figure(found), record.folder, "layers")
     console = Console(width=None if sys.stdout.isatty() else WIDE)
     console.print(layers_table(found))
     console.print(as_override(found), markup=False, highlight=False, soft_wrap=True)

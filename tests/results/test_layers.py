@@ -7,6 +7,7 @@ import pytest
 from rich.console import Console
 
 from lrsa.results import RecordError
+from lrsa.results.figures import layers_figure, save_figure
 from lrsa.results.layers import as_override, layers_metrics, layers_table, read_layers, write_layers
 from lrsa.results.summary import TrackedName, tracked_metrics
 
@@ -63,3 +64,16 @@ def test_the_table_and_the_setting_say_it() -> None:
     for row in ("0 none 2.0000 12.5", "1 1 0.7500 50.0 3 1.2500", "2 0 0.5000 62.5 3 0.6250", "every 0.1250 87.5"):
         assert row in rows
     assert as_override(FOUND) == "attention.dense_layers=[2,1,0]"
+
+
+def test_the_figure_shows_each_layer_alone_and_the_order(tmp_path: Path) -> None:
+    figure = layers_figure(FOUND, {"needles": "Needles"})
+    alone, added = figure.axes
+    assert [line.get_xydata().tolist() for line in alone.lines if line.get_label() == "Needles"] == [
+        [[0, 1.5], [1, 0.75], [3, 1.25]]
+    ]
+    assert [line.get_ydata().tolist() for line in added.lines if line.get_label() == "Needles"] == [[2.0, 0.75, 0.5]]
+    assert [label.get_text() for label in added.get_xticklabels()] == ["none", "1", "0"]
+    assert {line.get_ydata()[0] for line in (alone.lines[-1], added.lines[-1])} == {0.125}  # every layer dense
+    assert "start: 2." in figure.texts[-1].get_text().replace("\n", " ")
+    assert [path.name for path in save_figure(figure, tmp_path, "layers")] == ["layers.pdf", "layers.png"]

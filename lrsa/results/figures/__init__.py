@@ -9,12 +9,13 @@
 - position: likelihood of prose by position; loss, throughput: of runs
 
 `kept_figure`, `kept_text_figure` and `kept_html` show which tokens of a prompt a model keeps, `selection_figure` what
-becomes of the answers' tokens, layer by layer.
+becomes of the answers' tokens, layer by layer, `layers_figure` which layers need the full cache.
 """
 
 from lrsa.results.figures.curves import loss_figure, throughput_figure
 from lrsa.results.figures.heat import heat_figure, needle_figure
 from lrsa.results.figures.kept import kept_figure, kept_html, kept_share, kept_text_figure
+from lrsa.results.figures.layers import layers_figure
 from lrsa.results.figures.lines import accuracy_figure, pareto_figure, position_figure, retention_figure
 from lrsa.results.figures.registry import FIGURES, make_figures
 from lrsa.results.figures.retained import retained_figure
@@ -33,6 +34,7 @@ __all__ = [
     "kept_html",
     "kept_share",
     "kept_text_figure",
+    "layers_figure",
     "loss_figure",
     "make_figures",
     "needle_figure",
