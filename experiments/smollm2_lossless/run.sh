@@ -1,10 +1,11 @@
 #!/bin/bash
 # An arm of one seed of experiments/smollm2_lossless: run.sh <none|dense|lrsa|lrsa_random> <seed> [train|untouched|prose|uniform|2048|8192 ...]
-#   M: folder of the base model, R: of the runs; TRAIN, EVAL: further overrides of lrsa-train, of lrsa-eval
+#   M: folder of the base model, R: of the runs; TRAIN, EVAL: further overrides of lrsa-train, of lrsa-eval; ARM: another name for the arm,
+#   e.g. ARM=lrsa-lm TRAIN=data=recipe_lm run.sh lrsa 0
 # Called again it skips what is finished and goes on where a killed run was.
 set -euo pipefail
 recipe=$1 seed=$2
-arm=${recipe#lrsa_}
+arm=${ARM:-${recipe#lrsa_}}
 run=$R/$arm-seed$seed
 base=(model=smollm2 model.name="$M")
 if compgen -G "$M/*.gguf" > /dev/null; then base=(model=smollm2_gguf model.name="$M"); fi
@@ -30,7 +31,7 @@ stages=("${@:3}")
 if [ ${#stages[@]} = 0 ]; then stages=(train untouched prose uniform 2048 8192); fi
 for stage in "${stages[@]}"; do
   case $stage in
-    train) go "$run" "$kept" lrsa-train experiment=smollm2_lossless recipe="$recipe" run.seed="$seed" \
+    train) go "$run" "$kept" lrsa-train experiment=smollm2_lossless recipe="$recipe" run.arm="$arm" run.seed="$seed" \
       "${base[@]}" ${TRAIN:-} ;;
     untouched) evaluate untouched "${budget[@]}" mode=generate 'task=[untouched]' 'evaluation.compressions=[1,2,4,8]' evaluation.batch_size=55 \
       model.dtype=bfloat16 trainer.precision=32-true ;;
