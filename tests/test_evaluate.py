@@ -390,7 +390,7 @@ def test_layers_in_order_and_what_stands_beside_their_record(
     shown = capsys.readouterr().out
     found = read_layers(record.folder)
     assert sorted(found["order"]) == [0, 1] and len(found["rounds"]) == 3
-    assert shown.rstrip().endswith(f"attention.dense_layers=[{found['order'][0]},{found['order'][1]}]")
+    assert shown.rstrip().endswith(f"model.retrieval_layers=[{found['order'][0]},{found['order'][1]}]")
     assert "Layers that need the full cache" in shown
     assert {fact["name"] for fact in record.data} == {"recall"} and record.cells == []
     scored = run_evaluation(configure(tmp_path / "scored")).metrics

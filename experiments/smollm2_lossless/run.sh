@@ -32,7 +32,7 @@ if [ ${#stages[@]} = 0 ]; then stages=(train untouched prose uniform 2048 8192);
 for stage in "${stages[@]}"; do
   case $stage in
     train) go "$run" "$kept" lrsa-train experiment=smollm2_lossless recipe="$recipe" run.arm="$arm" run.seed="$seed" \
-      "${base[@]}" ${TRAIN:-} ;;
+      "${base[@]}" trainer.compile=true ${TRAIN:-} ;;
     untouched) evaluate untouched "${budget[@]}" mode=generate 'task=[untouched]' 'evaluation.compressions=[1,2,4,8]' evaluation.batch_size=55 \
       model.dtype=bfloat16 trainer.precision=32-true ;;
     prose) evaluate prose "${budget[@]}" mode=perplexity perplexity.text=Salesforce/wikitext:wikitext-2-raw-v1@validation \

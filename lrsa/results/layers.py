@@ -39,8 +39,8 @@ def read_layers(folder: str | Path) -> dict[str, Any]:
 
 
 def as_override(found: Found) -> str:
-    """The order as a command takes it."""
-    return f"attention.dense_layers=[{','.join(map(str, found['order']))}]"
+    """The order as lrsa-train's recipe=lrsa takes it."""
+    return f"model.retrieval_layers=[{','.join(map(str, found['order']))}]"
 
 
 def layers_metrics(found: Found) -> dict[str, float]:

@@ -63,7 +63,7 @@ def test_the_table_and_the_setting_say_it() -> None:
     rows = [" ".join(line.split()) for line in text.splitlines()]
     for row in ("0 none 2.0000 12.5", "1 1 0.7500 50.0 3 1.2500", "2 0 0.5000 62.5 3 0.6250", "every 0.1250 87.5"):
         assert row in rows
-    assert as_override(FOUND) == "attention.dense_layers=[2,1,0]"
+    assert as_override(FOUND) == "model.retrieval_layers=[2,1,0]"
 
 
 def test_the_figure_shows_each_layer_alone_and_the_order(tmp_path: Path) -> None:
