@@ -1,5 +1,5 @@
 #!/bin/bash
-# An arm of one seed of experiments/smollm2_lossless: run.sh <none|dense|lrsa|lrsa_random> <seed> [train|untouched|prose|uniform|2048|8192 ...]
+# An arm of one seed of experiments/smollm2_lossless: run.sh <none|dense|lrsa|lrsa_random> <seed> [train|untouched|prose|uniform|controls|2048|8192 ...]
 #   M: folder of the base model, R: of the runs; TRAIN, EVAL: further overrides of lrsa-train, of lrsa-eval; ARM: another name for the arm,
 #   e.g. ARM=lrsa-lm TRAIN=data=recipe_lm run.sh lrsa 0
 # Called again it skips what is finished and goes on where a killed run was.
@@ -28,7 +28,7 @@ budget=(evaluation.attention.budget=concentrated 'evaluation.attention.dense_lay
 lengths=('task=[needles,xquad]' 'evaluation.compressions=[1,4,8]' evaluation.tasks.needles.limit=160 evaluation.tasks.xquad.limit=400)
 
 stages=("${@:3}")
-if [ ${#stages[@]} = 0 ]; then stages=(train untouched prose uniform 2048 8192); fi
+if [ ${#stages[@]} = 0 ]; then stages=(train untouched prose uniform controls 2048 8192); fi
 for stage in "${stages[@]}"; do
   case $stage in
     train) go "$run" "$kept" lrsa-train experiment=smollm2_lossless recipe="$recipe" run.arm="$arm" run.seed="$seed" \
@@ -42,8 +42,14 @@ for stage in "${stages[@]}"; do
         evaluation.batch_size=10 evaluation.tasks.needles.limit=320
       evaluate untouched-uniform run.arm="$arm-uniform" mode=generate 'task=[untouched]' 'evaluation.compressions=[4,8]' \
         evaluation.floor=false evaluation.batch_size=55 model.dtype=bfloat16 trainer.precision=32-true ;;
+    controls) # the same budget, the other layers' few tokens chosen blindly: at random, or the newest of each partition
+      for rule in random recency; do
+        evaluate "$rule" "${budget[@]}" run.arm="$arm-$rule" attention@evaluation.attention="$rule" evaluation.attention.keep_ratio=0.25 \
+          evaluation.attention.top_k=null evaluation.attention.equal_bytes_at=null 'task=[needles,xquad]' 'evaluation.compressions=[4,8]' \
+          evaluation.floor=false evaluation.batch_size=10 evaluation.tasks.needles.limit=320
+      done ;;
     2048) evaluate 2048 "${budget[@]}" "${lengths[@]}" evaluation.length=2048 evaluation.batch_size=20 ;;
     8192) evaluate 8192 "${budget[@]}" "${lengths[@]}" evaluation.length=8192 evaluation.batch_size=5 ;;
-    *) echo "no stage '$stage': train, untouched, prose, uniform, 2048, 8192" >&2; exit 1 ;;
+    *) echo "no stage '$stage': train, untouched, prose, uniform, controls, 2048, 8192" >&2; exit 1 ;;
   esac
 done
