@@ -228,6 +228,18 @@ class SparseAttentionConfig:
         kept = _shares(resolved, num_layers)[index]
         return None if kept is None else _uniform(resolved, kept)
 
+    def spread(self, num_layers: int) -> str:
+        """In words, how tokens are shared out over layers."""
+        layers = [self.for_layer(index, num_layers) for index in range(num_layers)]
+        dense = [index for index, layer in enumerate(layers) if layer is None]
+        rest = sorted({layer.geometry.kept for layer in layers if layer is not None})
+        said = f"{len(dense)} of {num_layers} layers dense" + (f" ({', '.join(map(str, dense))})" if dense else "")
+        if not rest:
+            return said
+        few = f"{rest[0]}" if len(rest) == 1 else f"{rest[0]} to {rest[-1]}"
+        none = ": sinks and window alone, the scorer chooses nothing" if rest == [0] else ""
+        return f"{said}, the others keep {few} of {self.lag_size} tokens a partition{none}"
+
     def alone(self, index: int, num_layers: int) -> SparseAttentionConfig:
         """What says the same of layer ``index`` whatever the model's depth: `for_layer`, or a config with it dense."""
         return self.for_layer(index, num_layers) or _dense_at(self, index)

@@ -231,6 +231,16 @@ def test_a_layers_share_of_a_concentrated_budget():
     assert shares(4) == ({20, 26, 3, 11, 5, 6, 7}, {2})
     assert shares(8) == ({20, 26, 3}, {3})  # the first three, in the order given
     assert shares(64) == (set(), {2})
+    assert config.with_compression(8).spread(30) == (
+        "3 of 30 layers dense (3, 20, 26), the others keep 3 of 128 tokens a partition"
+    )
+    assert config.with_compression(4).spread(32) == (
+        "8 of 32 layers dense (3, 5, 6, 7, 8, 11, 20, 28), the others keep 0 of 128 tokens a partition: sinks and "
+        "window alone, the scorer chooses nothing"
+    )
+    assert (
+        SparseAttentionConfig(budget="pyramid").spread(5).startswith("0 of 5 layers dense, the others keep 2 to 62 of")
+    )
     alone = config.with_compression(4)
     assert alone.alone(26, 30).for_layer(26) is None and alone.alone(0, 30).for_layer(0).top_k == 2
     with pytest.raises(ValueError, match=r"budget='concentrated' depends on the number of layers.*for_layer"):
