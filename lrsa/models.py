@@ -27,7 +27,7 @@ from lrsa.attention import BACKENDS, SparseAttentionConfig, checkpoint_contexts
 from lrsa.attention.compiled import prepare, whole_rows
 from lrsa.attention.config import ONCE
 from lrsa.attention.documents import find_documents
-from lrsa.attention.huggingface import NAME, check_architecture
+from lrsa.attention.huggingface import NAME, check_architecture, check_budget
 from lrsa.cache import SparseKVCache
 from lrsa.config import ModelConf
 
@@ -145,7 +145,8 @@ def set_attention(model: nn.Module, attention: SparseAttentionConfig | None, *, 
     (None leaves it as it is).
 
     Raises:
-        ValueError: an unknown backend, ``dense_layers`` outside the model, layers that are not plain full attention.
+        ValueError: an unknown backend, ``dense_layers`` outside the model, layers that are not plain full attention, a
+            budget by layer on a model with other layers beside those.
     """
     base = _base(model)
     config = base.config
@@ -158,6 +159,7 @@ def set_attention(model: nn.Module, attention: SparseAttentionConfig | None, *, 
     else:
         attention.resolved(config.num_hidden_layers)
         _check_architecture(base)
+        check_budget(attention, config)
         wanted = NAME
     if config._attn_implementation != wanted:
         base.set_attn_implementation(wanted)
