@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from hydra.errors import CompactHydraException
 
 from lrsa.attention import BACKENDS, flash4
@@ -37,6 +38,7 @@ from lrsa.evaluation.errors import EvaluationInputError
 from lrsa.evaluation.peers import build_press
 from lrsa.results import Record, RecordError
 from lrsa.training import NonFiniteLoss, find_checkpoint, micro_batches
+from lrsa.training.compiling import checkpoints_outside
 from lrsa.validation import attention, layers, objective, perplexity, processes, selection
 from lrsa.validation.problems import ConfigError, ConfigWarning, raised, report
 
@@ -86,6 +88,7 @@ def check_train(conf: TrainConf) -> None:
         *_recipe(conf.recipe, conf.attention),
         *attention.one_question("attention", conf.attention, conf.recipe.train, "data.parts", conf.data.parts),
         *_trainer(conf.trainer),
+        *_compiled(conf),
         *_logger(conf.logger),
         *_evaluation(conf.evaluation, conf.data.length),
         *attention.scored_once(conf.evaluation),
@@ -272,6 +275,17 @@ def _trainer(conf: TrainerConf) -> Iterator[str]:
     for name in ("log_every", "checkpoint_every"):
         if getattr(conf, name) < 1:
             yield f"trainer.{name}={getattr(conf, name)}: optimiser steps, at least 1"
+
+
+def _compiled(conf: TrainConf) -> Iterator[str]:
+    """What `compiled_layers` would refuse once model and data are loaded."""
+    both = conf.trainer.compile and conf.model.gradient_checkpointing
+    if conf.recipe.train and both and checkpoints_outside():
+        yield (
+            f"trainer.compile=true with model.gradient_checkpointing=true: transformers {transformers.__version__} "
+            "checkpoints activations around what is compiled; set trainer.compile=false, set "
+            "model.gradient_checkpointing=false, or upgrade to transformers 5.23, which checkpoints inside"
+        )
 
 
 def _logger(conf: LoggerConf) -> Iterator[str]:
