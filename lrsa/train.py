@@ -36,7 +36,11 @@ register_sweeps()
 
 # What a resumed run must share with the one that it continues; paths of caches and the like may change.
 IDENTITY = ("model", "attention", "data", "recipe")
-NOT_IDENTITY = {"model": ("gradient_checkpointing",), "data": ("cache_dir", "workers"), "recipe": ("name",)}
+NOT_IDENTITY = {
+    "model": ("gradient_checkpointing", "retrieval_layers"),  # which act through attention.dense_layers alone
+    "data": ("cache_dir", "workers"),
+    "recipe": ("name",),
+}
 
 
 @hydra.main(config_path=str(config_dir()), config_name="train", version_base=None)
@@ -137,7 +141,14 @@ def _built(conf: TrainConf) -> tuple[PreTrainedModel, PeftModel | None]:
 def _fitted(
     conf: TrainConf, model: PreTrainedModel, data: LRSADataModule, logger: WandbRun | None = None
 ) -> TrainingResult:
-    module = PostTraining(model, from_conf(conf.attention), conf.recipe, conf.run.seed, identity=_identity(conf))
+    module = PostTraining(
+        model,
+        from_conf(conf.attention),
+        conf.recipe,
+        conf.run.seed,
+        identity=_identity(conf),
+        not_identity=[f"{group}.{name}" for group, names in NOT_IDENTITY.items() for name in names],
+    )
     resume = None if conf.resume is None else find_checkpoint(conf.resume)
     return fit(module, data, conf.trainer, Path(conf.run.output_dir), logger=logger, resume=resume)
 

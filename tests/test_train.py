@@ -225,6 +225,23 @@ def test_resume_continues_bit_for_bit(command: Command, monkeypatch: pytest.Monk
     assert first.outcomes() == second.outcomes()
 
 
+def test_runs_from_before_and_since_a_setting_that_acts_elsewhere_resume(command: Command) -> None:
+    common = ["logger=none", "recipe=lrsa_uniform", "recipe.steps=1", "evaluation.tasks={}", "trainer.save_model=false"]
+    command(lrsa.train.main, *common, "run.study=first")
+    checkpoint = only(Path.cwd(), "outputs/first/*/*/checkpoints/last.ckpt")
+    written = torch.load(checkpoint, weights_only=True)
+    assert "name" in written["lrsa"]["model"] and "retrieval_layers" not in written["lrsa"]["model"]
+    written["lrsa"]["model"]["retrieval_layers"] = [0]  # as the versions wrote it that first had the field
+    torch.save(written, since := checkpoint.with_name("since.ckpt"))
+    for number, path in enumerate((checkpoint, since)):
+        command(lrsa.train.main, *common, f"resume={path}", "model.retrieval_layers=[1,0]", f"run.study=again{number}")
+        assert Record.load(only(Path.cwd(), f"outputs/again{number}/*/*")).status == "finished"
+    written["lrsa"]["attention"]["dense_layers"] = [0]  # what it acts through is compared
+    torch.save(written, since)
+    with pytest.raises(ValueError, match=r"attention\.dense_layers: \[0\] in the checkpoint, \[\] now"):
+        command(lrsa.train.main, *common, f"resume={since}", "run.study=other")
+
+
 @pytest.mark.parametrize(
     ("main", "bad", "message"),
     [
