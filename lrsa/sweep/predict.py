@@ -34,6 +34,7 @@ SAME = (
     "perplexity",
     "run.threads",
 )
+TRAINS_LIKE = ("trainer.compile",)  # of runs that train: evaluations are never compiled
 # ... and of those that do, the one that differs least in these. Whatever neither names is scaled, or costs nothing.
 NEAR = ("attention", "evaluation.attention", "recipe.compressions", "data.parts", "evaluation.tasks")
 # What acts through another setting alone: here, through dense_layers.
@@ -77,12 +78,14 @@ class Measured:
         """Time scaled to the job's steps and examples; memory as measured, which runs do that train."""
         values = OmegaConf.to_container(OmegaConf.structured(conf))
         config = portable(values, Path(conf.run.output_dir))
+        trains = isinstance(conf, TrainConf) and conf.recipe.train
+        same = (*SAME, *TRAINS_LIKE) if trains else SAME
         alike = [
             record
             for record in self.records
             if record.command == COMMANDS[type(conf)]
             and self._same_device(record, conf.trainer.accelerator)
-            and not list(_differences(record.config, config, SAME))
+            and not list(_differences(record.config, config, same))
         ]
         if not alike:
             return Prediction()
