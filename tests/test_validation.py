@@ -104,7 +104,9 @@ def test_what_cannot_work_is_refused_with_values_and_fix(overrides: list[str], m
 def test_checkpoints_around_what_is_compiled_are_refused_before_anything_is_loaded(monkeypatch) -> None:
     both = [*TINY, "trainer.compile=true", "model.gradient_checkpointing=true"]
     monkeypatch.setattr(validation, "checkpoints_outside", lambda: True)
-    with pytest.raises(ConfigError, match=r"1 setting[\s\S]*trainer\.compile=false.*model\.gradient_checkpointing=false"):
+    with pytest.raises(
+        ConfigError, match=r"1 setting[\s\S]*trainer\.compile=false.*model\.gradient_checkpointing=false"
+    ):
         check_train(compose_train(*both))
     for way_out in ("trainer.compile=false", "model.gradient_checkpointing=false", "recipe=none"):
         check_train(compose_train(*both, way_out))
