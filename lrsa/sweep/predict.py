@@ -37,8 +37,8 @@ SAME = (
 TRAINS_LIKE = ("trainer.compile",)  # of runs that train: evaluations are never compiled
 # ... and of those that do, the one that differs least in these. Whatever neither names is scaled, or costs nothing.
 NEAR = ("attention", "evaluation.attention", "recipe.compressions", "data.parts", "evaluation.tasks")
-# What acts through another setting alone: here, through dense_layers.
-ACTS_ELSEWHERE = ("model.retrieval_layers",)
+# What acts through another setting alone, here dense_layers, or is only checked.
+ACTS_ELSEWHERE = ("model.retrieval_layers", "model.ranked_on")
 
 
 @dataclass(frozen=True)
@@ -124,8 +124,12 @@ def _of(config: Any, dotted: str) -> Any:
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any], groups: Sequence[str]) -> Iterator[str]:
     for group in groups:
         old, new = (dict(_leaves(_of(config, group), group)) for config in (before, now))
-        names = [name for name in dict.fromkeys([*old, *new]) if name not in ACTS_ELSEWHERE]
+        names = [name for name in dict.fromkeys([*old, *new]) if not _acts_elsewhere(name)]
         yield from (name for name in names if old.get(name) != new.get(name))
+
+
+def _acts_elsewhere(name: str) -> bool:
+    return any(name == other or name.startswith(f"{other}.") for other in ACTS_ELSEWHERE)
 
 
 def _seconds(record: Record, conf: TrainConf | EvalConf) -> float | None:

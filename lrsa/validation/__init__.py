@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -40,7 +38,10 @@ from lrsa.results import Record, RecordError
 from lrsa.training import NonFiniteLoss, find_checkpoint, micro_batches
 from lrsa.training.compiling import checkpoints_outside
 from lrsa.validation import attention, layers, objective, perplexity, processes, selection
-from lrsa.validation.problems import ConfigError, ConfigWarning, raised, report
+from lrsa.validation.loaded import check_context_window as check_context_window
+from lrsa.validation.loaded import check_ranking as check_ranking
+from lrsa.validation.problems import ConfigError, raised, report
+from lrsa.validation.problems import ConfigWarning as ConfigWarning
 
 PRECISIONS = ("32-true", "bf16-mixed")
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
@@ -142,18 +143,6 @@ def check_eval(conf: EvalConf) -> None:
         layers.warn_if_dense(conf.evaluation)
     elif conf.mode != "lm_eval":  # whose prompts have lengths of their own
         attention.warn_evaluation(conf.evaluation, None)
-
-
-def check_context_window(model_config: Any, length: int | None) -> None:
-    """Warn when samples are longer than what the loaded model's positions were made for."""
-    window = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-    if window is not None and length is not None and length > window:
-        warnings.warn(
-            f"samples of {length} tokens exceed the model's max_position_embeddings={window}: shorten data.length, or "
-            "extend it with model.rope_scaling={rope_type: yarn, factor: ...}",
-            ConfigWarning,
-            stacklevel=2,
-        )
 
 
 def _model(conf: ModelConf) -> Iterator[str]:

@@ -196,6 +196,8 @@ def test_predictions_scale_what_was_measured(sweeps: Sweeps, planned: Planned) -
     assert predicted("evaluation.tasks.recall.limit=12").seconds == pytest.approx(wall + 2 * scored)
     other = predicted("attention.lag_size=16")
     assert other.differs == ("attention.lag_size", "evaluation.attention.lag_size") and other.seconds == same.seconds
+    for measured_run in measured.records:  # which only says whose layers they are
+        measured_run.config["model"] |= {"ranked_on": {"num_hidden_layers": 2}}
     ranked = predicted("model.retrieval_layers=[1]")  # which no layer of this recipe attends differently for
     assert (ranked.source, ranked.differs) == (record.folder, ())
     spared = predicted("attention.dense_layers=[1]")
