@@ -127,6 +127,16 @@ def build_model(conf: ModelConf, attention: SparseAttentionConfig | None) -> Pre
     )
 
 
+def stored_attention(conf: ModelConf) -> dict[str, Any] | None:
+    """What the checkpoint's config.json says that it attends with (`SparseAttentionConfig.to_dict`), None where it is
+    dense or fresh; weights are not read. Raises as `load_model` does.
+    """
+    if conf.config is not None or conf.gguf_file is not None:
+        return None
+    with _HubErrors(conf.name):
+        return getattr(AutoConfig.from_pretrained(_locate(conf.name), **_options(revision=conf.revision)), NAME, None)
+
+
 def build_tokenizer(conf: ModelConf) -> PreTrainedTokenizerBase:
     """`load_tokenizer` from the `model` config group."""
     gguf_file = conf.gguf_file if conf.tokenizer is None else None

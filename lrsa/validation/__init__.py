@@ -40,6 +40,7 @@ from lrsa.training.compiling import checkpoints_outside
 from lrsa.validation import attention, layers, objective, perplexity, processes, selection
 from lrsa.validation.loaded import check_context_window as check_context_window
 from lrsa.validation.loaded import check_ranking as check_ranking
+from lrsa.validation.loaded import warn_unlike_saved as warn_unlike_saved
 from lrsa.validation.problems import ConfigError, raised, report
 from lrsa.validation.problems import ConfigWarning as ConfigWarning
 

@@ -42,6 +42,32 @@ def check_ranking(conf: TrainConf | EvalConf, model_config: Any) -> None:
         )
 
 
+def warn_unlike_saved(conf: EvalConf, saved: Mapping[str, Any] | None, depth: int) -> None:
+    """Warn when a model is compressed by another budget, or with other layers dense, than it says it was trained with.
+
+    saved: the checkpoint's attention as `SparseAttentionConfig.to_dict`; None for a model that was not trained with
+    one. depth: its layers.
+    """
+    attention = _compressing(conf).get("evaluation.attention")
+    by_a_peer = conf.mode == "generate" and conf.generate.peer is not None
+    if saved is None or attention is None or attention.scorer == DENSE or conf.mode == "layers" or by_a_peer:
+        return
+    budget, layers = saved.get("budget", "uniform"), list(saved.get("dense_layers", ()))
+    if (budget, _which(budget, layers, depth)) == (
+        attention.budget,
+        _which(attention.budget, attention.dense_layers, depth),
+    ):
+        return
+    warnings.warn(
+        f"model.name={conf.model.name} was saved with budget={budget}, dense_layers={layers}, and is evaluated with "
+        f"evaluation.attention.budget={attention.budget}, dense_layers={list(attention.dense_layers)}; as it was "
+        f"trained: evaluation.attention.budget={budget} 'evaluation.attention.dense_layers="
+        f"[{','.join(map(str, layers))}]'",
+        ConfigWarning,
+        stacklevel=2,
+    )
+
+
 def _compressing(conf: TrainConf | EvalConf) -> dict[str, AttentionConf]:
     """The attentions that something is trained or evaluated with, by where they stand."""
     used = {"attention": conf.attention} if isinstance(conf, TrainConf) and conf.recipe.train else {}
@@ -52,6 +78,12 @@ def _compressing(conf: TrainConf | EvalConf) -> dict[str, AttentionConf]:
 
 def _spares(attention: AttentionConf, layers: Sequence[int]) -> bool:
     return attention.budget == "concentrated" and attention.scorer != DENSE and attention.dense_layers == list(layers)
+
+
+def _which(budget: str, layers: Sequence[int], depth: int) -> list[int]:
+    """Counted from the first; in their order where it says which of them are dense."""
+    counted = [layer % depth for layer in layers]
+    return counted if budget == "concentrated" else sorted(set(counted))
 
 
 def _fields(values: Mapping[str, Any]) -> str:
