@@ -37,8 +37,9 @@ def check_ranking(conf: TrainConf | EvalConf, model_config: Any) -> None:
         raise ConfigError(
             f"{' and '.join(f'{where}.dense_layers' for where in used)} are model.retrieval_layers="
             f"{list(conf.model.retrieval_layers)}, ranked on a model of {_fields(ranked_on)}, but model.name="
-            f"{conf.model.name} has {_fields(has)}: rank its own layers (lrsa-eval mode=layers model.name=..."
-            f") and pass 'model.retrieval_layers=[...]' model.ranked_on=null, or take {instead}"
+            f"{conf.model.name} has {_fields(has)}: rank its own layers (lrsa-eval mode=layers "
+            f"model.name={conf.model.name} ...) and pass 'model.retrieval_layers=[...]' model.ranked_on=null, "
+            f"or take {instead}"
         )
 
 
