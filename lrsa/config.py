@@ -57,6 +57,8 @@ class ModelConf:
     attention_backend: str = "auto"  # reference, gather, flex, flash4, auto
     # layers that need the full cache, the neediest first, as `lrsa-eval mode=layers` ranks them (recipe=lrsa)
     retrieval_layers: list[int] = field(default_factory=list)
+    # the model that they were ranked on, by fields of its transformers config: another one does not take them over
+    ranked_on: dict[str, Any] | None = None
     lora: LoraConf | None = None
 
 

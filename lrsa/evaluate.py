@@ -31,7 +31,7 @@ from lrsa.evaluation import Task, evaluate, load_tasks
 from lrsa.evaluation.layers import rank_layers
 from lrsa.evaluation.perplexity import evaluate_prose, read_windows
 from lrsa.evaluation.selection import analyse
-from lrsa.models import build_model, build_tokenizer
+from lrsa.models import build_model, build_tokenizer, stored_attention
 from lrsa.results import Record
 from lrsa.results.figures import NothingToShow, layers_figure, save_figure, selection_figure
 from lrsa.results.layers import as_override, layers_metrics, layers_table, write_layers
@@ -40,7 +40,13 @@ from lrsa.results.selection import selection_metrics, selection_tables, write_se
 from lrsa.sweep import register_sweeps, run_once
 from lrsa.tracking import WandbRun, finish, journalled, recorded, task_overrides
 from lrsa.training import resolve_device
-from lrsa.validation import bad_input_without_traceback, check_context_window, check_eval
+from lrsa.validation import (
+    bad_input_without_traceback,
+    check_context_window,
+    check_eval,
+    check_ranking,
+    warn_unlike_saved,
+)
 
 WIDE = 130  # characters of a table in a log
 SAMPLES_FILE = "lm_eval_samples.jsonl.gz"
@@ -90,7 +96,10 @@ def run_evaluation(conf: EvalConf, overrides: Sequence[str] = ()) -> Record:
 
 def _load_model(conf: EvalConf) -> PreTrainedModel:
     # Each cell applies its own attention; what the checkpoint was trained with plays no part here.
-    return build_model(conf.model, None).to(resolve_device(conf.trainer))
+    model = build_model(conf.model, None).to(resolve_device(conf.trainer))
+    check_ranking(conf, model.config)
+    warn_unlike_saved(conf, stored_attention(conf.model), model.config.num_hidden_layers)
+    return model
 
 
 def _run_grid(conf: EvalConf, tokenizer: PreTrainedTokenizerBase, record: Record, logger: WandbRun | None) -> None:
@@ -162,6 +171,7 @@ def _run_selection(conf: EvalConf, tokenizer: PreTrainedTokenizerBase, record: R
     check_context_window(model.config, evaluation.length)
     if conf.selection.against is not None:
         other = build_model(other_model(conf.model, conf.selection.against), None).to(model.device)
+        check_ranking(conf, other.config)
         names["against"] = conf.selection.name
     cells, outcomes, found = analyse(model, other, tokenizer, evaluation, conf.selection, tasks, conf.trainer.progress)
     selection = write_selection(record.folder, names, found)

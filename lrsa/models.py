@@ -27,7 +27,7 @@ from lrsa.attention import BACKENDS, SparseAttentionConfig, checkpoint_contexts
 from lrsa.attention.compiled import prepare, whole_rows
 from lrsa.attention.config import ONCE
 from lrsa.attention.documents import find_documents
-from lrsa.attention.huggingface import NAME, check_architecture
+from lrsa.attention.huggingface import NAME, check_architecture, check_budget
 from lrsa.cache import SparseKVCache
 from lrsa.config import ModelConf
 
@@ -127,6 +127,16 @@ def build_model(conf: ModelConf, attention: SparseAttentionConfig | None) -> Pre
     )
 
 
+def stored_attention(conf: ModelConf) -> dict[str, Any] | None:
+    """What the checkpoint's config.json says that it attends with (`SparseAttentionConfig.to_dict`), None where it is
+    dense or fresh; weights are not read. Raises as `load_model` does.
+    """
+    if conf.config is not None or conf.gguf_file is not None:
+        return None
+    with _HubErrors(conf.name):
+        return getattr(AutoConfig.from_pretrained(_locate(conf.name), **_options(revision=conf.revision)), NAME, None)
+
+
 def build_tokenizer(conf: ModelConf) -> PreTrainedTokenizerBase:
     """`load_tokenizer` from the `model` config group."""
     gguf_file = conf.gguf_file if conf.tokenizer is None else None
@@ -145,7 +155,8 @@ def set_attention(model: nn.Module, attention: SparseAttentionConfig | None, *, 
     (None leaves it as it is).
 
     Raises:
-        ValueError: an unknown backend, ``dense_layers`` outside the model, layers that are not plain full attention.
+        ValueError: an unknown backend, ``dense_layers`` outside the model, layers that are not plain full attention, a
+            budget by layer on a model with other layers beside those.
     """
     base = _base(model)
     config = base.config
@@ -158,6 +169,7 @@ def set_attention(model: nn.Module, attention: SparseAttentionConfig | None, *, 
     else:
         attention.resolved(config.num_hidden_layers)
         _check_architecture(base)
+        check_budget(attention, config)
         wanted = NAME
     if config._attn_implementation != wanted:
         base.set_attn_implementation(wanted)

@@ -19,7 +19,7 @@ from lrsa.attention import from_conf
 from lrsa.config import TrainConf, config_dir, register_configs
 from lrsa.data import LRSADataModule
 from lrsa.evaluation import evaluate, load_tasks
-from lrsa.models import build_model, build_tokenizer
+from lrsa.models import build_model, build_tokenizer, set_attention
 from lrsa.results import Record, downsample
 from lrsa.results.summary import headline
 from lrsa.sweep import register_sweeps, run_once
@@ -28,7 +28,7 @@ from lrsa.training import PostTraining, TrainingResult, find_checkpoint, fit, re
 from lrsa.training.lora import add_lora, merge_lora
 from lrsa.training.module import parameter_counts
 from lrsa.training.sharded import FSDP, gathered_state, is_first_process, leave
-from lrsa.validation import bad_input_without_traceback, check_context_window, check_train
+from lrsa.validation import bad_input_without_traceback, check_context_window, check_ranking, check_train
 
 log = logging.getLogger(__name__)
 register_configs()
@@ -36,7 +36,12 @@ register_sweeps()
 
 # What a resumed run must share with the one that it continues; paths of caches and the like may change.
 IDENTITY = ("model", "attention", "data", "recipe")
-NOT_IDENTITY = {"model": ("gradient_checkpointing",), "data": ("cache_dir", "workers"), "recipe": ("name",)}
+NOT_IDENTITY = {
+    # the layers act through attention.dense_layers alone
+    "model": ("gradient_checkpointing", "retrieval_layers", "ranked_on"),
+    "data": ("cache_dir", "workers"),
+    "recipe": ("name",),
+}
 
 
 @hydra.main(config_path=str(config_dir()), config_name="train", version_base=None)
@@ -84,6 +89,7 @@ def _train_and_evaluate(conf: TrainConf, record: Record, logger: WandbRun | None
         model = _train(conf, tokenizer, record, logger)
     else:
         model = build_model(conf.model, None)
+        check_ranking(conf, model.config)
     model.to(resolve_device(conf.trainer))
     with journalled(record, conf, model, tasks) as journal:
         cells, outcomes = evaluate(
@@ -129,7 +135,9 @@ def _train(
 
 
 def _built(conf: TrainConf) -> tuple[PreTrainedModel, PeftModel | None]:
-    model = build_model(conf.model, from_conf(conf.attention))
+    model = build_model(conf.model, None)
+    check_ranking(conf, model.config)  # before layers that the model may not have are asked for
+    set_attention(model, from_conf(conf.attention))
     check_context_window(model.config, conf.data.length)
     return model, None if conf.model.lora is None else add_lora(model, conf.model.lora)
 
@@ -137,7 +145,14 @@ def _built(conf: TrainConf) -> tuple[PreTrainedModel, PeftModel | None]:
 def _fitted(
     conf: TrainConf, model: PreTrainedModel, data: LRSADataModule, logger: WandbRun | None = None
 ) -> TrainingResult:
-    module = PostTraining(model, from_conf(conf.attention), conf.recipe, conf.run.seed, identity=_identity(conf))
+    module = PostTraining(
+        model,
+        from_conf(conf.attention),
+        conf.recipe,
+        conf.run.seed,
+        identity=_identity(conf),
+        not_identity=[f"{group}.{name}" for group, names in NOT_IDENTITY.items() for name in names],
+    )
     resume = None if conf.resume is None else find_checkpoint(conf.resume)
     return fit(module, data, conf.trainer, Path(conf.run.output_dir), logger=logger, resume=resume)
 

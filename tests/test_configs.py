@@ -164,6 +164,16 @@ def test_the_default_recipe_spares_the_layers_that_the_model_names(model: str) -
     assert other.attention.dense_layers == other.evaluation.attention.dense_layers == [3, 1]
 
 
+@pytest.mark.parametrize("model", ["smollm2", "smollm2_gguf"])
+def test_what_the_layers_were_ranked_on_is_smollm2(model: str) -> None:
+    shape = compose_train("model=smollm2_random").model.config
+    ranked_on = compose_train(f"model={model}").model.ranked_on
+    assert shape is not None and ranked_on and ranked_on == {name: shape[name] for name in ranked_on}
+    assert {compose_train(f"model={other}").model.ranked_on is None for other in ("recall_tiny", "tiny_random")} == {
+        True
+    }
+
+
 def test_studies_of_the_uniform_recipe_have_it_without_being_told() -> None:
     for study in ("demo", "qwen2_5_7b", "llama3_1_8b", "smollm2_robustness", "smollm2_recipe", "smollm2_qa"):
         conf = compose_train(f"experiment={study}")

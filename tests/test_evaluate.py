@@ -6,17 +6,19 @@ import gzip
 import json
 import sys
 import types
+import warnings
 from pathlib import Path
 
 import pytest
 from hydra import compose
 from omegaconf import OmegaConf
 
+from lrsa.attention import SparseAttentionConfig
 from lrsa.config import EvalConf, TableConf
 from lrsa.data.wordlists import HAYSTACK
 from lrsa.evaluate import SAMPLES_FILE, other_model, run_evaluation
 from lrsa.evaluation.errors import EvaluationInputError, TruncationWarning
-from lrsa.models import load_model
+from lrsa.models import load_model, load_tokenizer
 from lrsa.results import Record, RecordError
 from lrsa.results.figures import position_figure
 from lrsa.results.layers import read_layers
@@ -24,7 +26,8 @@ from lrsa.results.positions import position_frame
 from lrsa.results.selection import read_selection
 from lrsa.table import build
 from lrsa.tracking.run import results_figure
-from lrsa.validation import ConfigError
+from lrsa.training import save_model
+from lrsa.validation import ConfigError, ConfigWarning
 
 TINY = [
     "model=recall_tiny",
@@ -423,3 +426,36 @@ def test_the_other_model_is_loaded_as_the_first(tmp_path: Path) -> None:
     assert (folder.name, folder.gguf_file, folder.dtype) == ("runs/model", None, "bfloat16")
     file = other_model(folder, "models/base.gguf")
     assert (file.name, file.gguf_file, file.dtype) == ("models", "base.gguf", "bfloat16")
+
+
+@pytest.fixture(scope="module")
+def spared(tmp_path_factory) -> Path:
+    """recall-tiny as it is saved after training with its last layer spared."""
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    attention = SparseAttentionConfig(lag_size=32, budget="concentrated", dense_layers=(-1,))
+    save_model(load_model("recall-tiny", None), load_tokenizer("recall-tiny"), folder, attention)
+    return folder
+
+
+UNLIKE = (
+    r"was saved with budget=concentrated, dense_layers=\[-1\], and is evaluated with evaluation\.attention\."
+    r"budget=uniform.* evaluation\.attention\.budget=concentrated 'evaluation\.attention\.dense_layers=\[-1\]'$"
+)
+ALIKE = ["evaluation.attention.budget=concentrated", "evaluation.attention.dense_layers=[1]"]
+
+
+def test_a_saved_model_is_evaluated_otherwise_with_a_warning(spared: Path, tmp_path: Path) -> None:
+    few = ["evaluation.tasks.recall.limit=2", "evaluation.floor=false"]
+    for number, mode in enumerate(("score", "generate")):
+        with pytest.warns(ConfigWarning, match=UNLIKE):
+            run_evaluation(configure(tmp_path / f"{number}", f"model.name={spared}", f"mode={mode}", *few))
+    with pytest.warns(ConfigWarning, match=r"dense_layers=\[0\]; as it was trained"):
+        run_evaluation(
+            configure(
+                tmp_path / "other", f"model.name={spared}", *few, ALIKE[0], "evaluation.attention.dense_layers=[0]"
+            )
+        )
+    for number, overrides in enumerate((ALIKE, ["evaluation.compressions=[1]"], ["model.name=recall-tiny"])):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", ConfigWarning)
+            run_evaluation(configure(tmp_path / f"silent{number}", f"model.name={spared}", *few, *overrides))

@@ -19,6 +19,7 @@ from lrsa.data.vocabulary import build_tokenizer
 from lrsa.models import get_attention, load_model
 from lrsa.results import Record
 from lrsa.training import NonFiniteLoss
+from lrsa.validation import ConfigError
 
 SMALL = [
     "model=tiny_random",
@@ -198,6 +199,72 @@ def test_a_missing_task_file_shows_before_training(command: Command, monkeypatch
     assert Record.load(only(Path.cwd(), "outputs/*/*/*")).status == "failed"
 
 
+# A model that was named without a group of its own: the default one's ranking is of another.
+UNRANKED = ["model.name=recall-tiny", "logger=none", *(one for one in SMALL if one != "model=tiny_random")]
+OF_AN_EVALUATION = [
+    *(one for one in UNRANKED if one.partition(".")[0] not in ("data", "attention", "recipe", "data=demo_recall")),
+    "evaluation.length=320",
+    "evaluation.attention.lag_size=32",
+]
+TAKEN_OVER = (
+    r"dense_layers are model\.retrieval_layers=\[1\], ranked on a model of model_type=llama, num_hidden_layers=30, "
+    r"hidden_size=576, but model\.name=recall-tiny has model_type=qwen3, num_hidden_layers=2, hidden_size=64: "
+    r"rank .*mode=layers.* model\.ranked_on=null, or take "
+)
+SPARED = ["evaluation.attention.budget=concentrated", "evaluation.attention.dense_layers=${model.retrieval_layers}"]
+
+
+@pytest.mark.parametrize(
+    ("main", "overrides", "message"),
+    [
+        (
+            lrsa.train.main,
+            ["recipe=lrsa"],
+            r"attention\.dense_layers and evaluation\.attention\." + TAKEN_OVER + "recipe=lrsa_uniform",
+        ),
+        (lrsa.train.main, ["recipe=none", *SPARED], TAKEN_OVER + r"evaluation\.attention\.budget=uniform"),
+        (lrsa.train.main, ["recipe=lrsa", "model.retrieval_layers=[18,23]"], r"layers=\[18, 23\], ranked on"),
+        (lrsa.evaluate.main, SPARED, TAKEN_OVER + r"evaluation\.attention\.budget=uniform"),
+    ],
+    ids=["trained", "scored", "beyond-the-model", "evaluated"],
+)
+def test_layers_ranked_on_another_model_are_not_taken_over(
+    command: Command, main: Callable[[], Any], overrides: list[str], message: str
+) -> None:
+    settings = UNRANKED if main is lrsa.train.main else OF_AN_EVALUATION
+    with pytest.raises(ConfigError, match=message):
+        command(main, *settings, *overrides, small=False)
+    assert Record.load(only(Path.cwd(), "outputs/*/*/*")).status == "failed"
+
+
+@pytest.mark.parametrize(
+    ("main", "overrides"),
+    [
+        (lrsa.train.main, ["recipe=lrsa", "model.ranked_on=null"]),
+        (
+            lrsa.train.main,
+            [
+                "recipe=lrsa",
+                "model.ranked_on.model_type=qwen3",
+                "model.ranked_on.num_hidden_layers=2",
+                "model.ranked_on.hidden_size=64",
+            ],
+        ),
+        (lrsa.train.main, ["recipe=lrsa_uniform"]),
+        (lrsa.evaluate.main, []),
+        (lrsa.evaluate.main, [*SPARED, "evaluation.compressions=[1]"]),
+    ],
+    ids=["its-own", "alike", "uniform", "evaluated-uniform", "evaluated-full"],
+)
+def test_layers_of_its_own_ranking_are_spared(command: Command, main: Callable[[], Any], overrides: list[str]) -> None:
+    settings = [*UNRANKED, "recipe.steps=1"] if main is lrsa.train.main else OF_AN_EVALUATION
+    command(main, *settings, *overrides, small=False)
+    run = only(Path.cwd(), "outputs/*/*/*")
+    assert Record.load(run).status == "finished"
+    for checkpoint in run.glob("checkpoints/last.ckpt"):
+        assert "ranked_on" not in torch.load(checkpoint, weights_only=True)["lrsa"]["model"]
+
+
 def test_resume_continues_bit_for_bit(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the real data module: position in the data, schedule, draws, weights."""
     common = ["logger=none", "recipe=lrsa_mixed", "recipe.micro_batch_size=1", "trainer.checkpoint_every=2"]
@@ -223,6 +290,23 @@ def test_resume_continues_bit_for_bit(command: Command, monkeypatch: pytest.Monk
     assert first.training is not None and second.training is not None
     assert first.training["loss_curve"] == second.training["loss_curve"]
     assert first.outcomes() == second.outcomes()
+
+
+def test_runs_from_before_and_since_a_setting_that_acts_elsewhere_resume(command: Command) -> None:
+    common = ["logger=none", "recipe=lrsa_uniform", "recipe.steps=1", "evaluation.tasks={}", "trainer.save_model=false"]
+    command(lrsa.train.main, *common, "run.study=first")
+    checkpoint = only(Path.cwd(), "outputs/first/*/*/checkpoints/last.ckpt")
+    written = torch.load(checkpoint, weights_only=True)
+    assert "name" in written["lrsa"]["model"] and "retrieval_layers" not in written["lrsa"]["model"]
+    written["lrsa"]["model"]["retrieval_layers"] = [0]  # as the versions wrote it that first had the field
+    torch.save(written, since := checkpoint.with_name("since.ckpt"))
+    for number, path in enumerate((checkpoint, since)):
+        command(lrsa.train.main, *common, f"resume={path}", "model.retrieval_layers=[1,0]", f"run.study=again{number}")
+        assert Record.load(only(Path.cwd(), f"outputs/again{number}/*/*")).status == "finished"
+    written["lrsa"]["attention"]["dense_layers"] = [0]  # what it acts through is compared
+    torch.save(written, since)
+    with pytest.raises(ValueError, match=r"attention\.dense_layers: \[0\] in the checkpoint, \[\] now"):
+        command(lrsa.train.main, *common, f"resume={since}", "run.study=other")
 
 
 @pytest.mark.parametrize(

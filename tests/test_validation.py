@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from lrsa import validation
 from lrsa.attention import flash4
 from lrsa.validation import ConfigError, ConfigWarning, check_eval, check_train
 from tests.test_configs import TINY, _hydra, compose_eval, compose_train  # noqa: F401
@@ -98,6 +99,19 @@ def test_what_cannot_work_is_refused_with_values_and_fix(overrides: list[str], m
         check_train(compose_train(*TINY, *overrides))
     text = " ".join(str(error.value).split())
     assert re.search(message, text), text
+
+
+def test_checkpoints_around_what_is_compiled_are_refused_before_anything_is_loaded(monkeypatch) -> None:
+    both = [*TINY, "trainer.compile=true", "model.gradient_checkpointing=true"]
+    monkeypatch.setattr(validation, "checkpoints_outside", lambda: True)
+    with pytest.raises(
+        ConfigError, match=r"1 setting[\s\S]*trainer\.compile=false.*model\.gradient_checkpointing=false"
+    ):
+        check_train(compose_train(*both))
+    for way_out in ("trainer.compile=false", "model.gradient_checkpointing=false", "recipe=none"):
+        check_train(compose_train(*both, way_out))
+    monkeypatch.setattr(validation, "checkpoints_outside", lambda: False)
+    check_train(compose_train(*both))
 
 
 @pytest.mark.parametrize(("installed", "words"), [(None, "not installed"), ("4.0.0b9", "4.0.0b9, and too old")])

@@ -20,7 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lrsa.attention import compiled, inspection
 from lrsa.attention.api import sparse_attention
-from lrsa.attention.config import SparseAttentionConfig
+from lrsa.attention.config import BY_LAYER, SparseAttentionConfig
 from lrsa.attention.documents import PAD, LastResult, find_documents
 from lrsa.attention.inspection import LayerInputs
 
@@ -185,6 +185,18 @@ def check_architecture(model_config: Any) -> None:
             f"model_type={model_config.model_type!r} is not among the architectures that sparse attention is tested "
             f"with: {', '.join(ARCHITECTURES)}. Adding one is a word in lrsa.attention.huggingface.ARCHITECTURES and a "
             "line in tests/architectures.py, which compares all forms on it"
+        )
+
+
+def check_budget(attention: SparseAttentionConfig, model_config: Any) -> None:
+    """Raise ValueError for a budget by layer where some layers pay nothing: it is shared out over all of them."""
+    kinds = getattr(model_config, "layer_types", None) or ()
+    others = [kind for kind in kinds if kind != "full_attention"]
+    if attention.budget in BY_LAYER and others:
+        raise ValueError(
+            f"budget={attention.budget!r} on a model with {len(others)} of {len(kinds)} layers of another kind "
+            f"({', '.join(sorted(set(others)))}): it shares one total out over all layers, and these keep what they "
+            "have, so that less would be compressed than asked for; take budget='uniform'"
         )
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lrsa.attention import SparseAttentionConfig
 from lrsa.attention.config import ONCE
-from lrsa.attention.huggingface import NAME
+from lrsa.attention.huggingface import NAME, check_budget
 from lrsa.attention.layout import Geometry
 from lrsa.cache.step import Step
 
@@ -35,6 +35,7 @@ def check_model(config: SparseAttentionConfig, text_config: Any) -> None:
             f"the model's attention is {stored}, the cache is asked for {config.to_dict()}: give both the same, with "
             "set_attention(model, config)"
         )
+    check_budget(config, text_config)
 
 
 def check_config(config: SparseAttentionConfig, made_for: SparseAttentionConfig) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from lrsa.results.join import Joined, TableWarning
+from lrsa.results.record import Record
 from lrsa.results.setting import Setting
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def notes_of(table: ResultTable, joined: Joined, seeds: Seeds = ()) -> tuple[str
         notes.append("Prose by position in its window, n windows; the measured ratio is that at a row's last token.")
     if any(cell.best for cell in cells):
         notes.append("Bold: better than every other arm, each paired interval clear of 0.")
+    notes += _budgets(table, joined)
     missing = sum(cell.weight is None for cell in cells)
     if missing:
         notes.append(f"{missing} of {len(cells)} cells are missing: no finished record holds them.")
@@ -48,6 +50,41 @@ def notes_of(table: ResultTable, joined: Joined, seeds: Seeds = ()) -> tuple[str
             notes.append(f"The prompts of {where} were not the same in all runs: {len(found)} data fingerprints.")
             warnings.warn(notes[-1], TableWarning, stacklevel=3)
     return tuple(notes)
+
+
+def _budgets(table: ResultTable, joined: Joined) -> Iterator[str]:
+    """Which arms were compressed by which budget, where those of one column were not by the same."""
+    order = list(dict.fromkeys(row.arm for row in table.rows))
+    arms_of: dict[str, set[str]] = {}
+    of_column: dict[tuple[str, Setting], set[str]] = {}
+    for (arm, task, column), cell in joined.cells.items():
+        if cell.setting.context != "full" or cell.setting.compression in (None, 1) or arm not in order:
+            continue
+        for record in cell.sources.values():
+            budget = _budget_of(record)
+            if budget is not None and record.arm == arm:  # rows of other keys say themselves in what they differ
+                arms_of.setdefault(budget, set()).add(arm)
+                of_column.setdefault((task, column), set()).add(budget)
+    if any(len(budgets) > 1 for budgets in of_column.values()):
+        places = {budget: sorted(map(order.index, arms)) for budget, arms in arms_of.items()}
+        said = (
+            f"{budget[:1].upper()}{budget[1:]}: {'; '.join(table.name(order[place]) for place in places[budget])}."
+            for budget in sorted(places, key=places.__getitem__)
+        )
+        yield f"Tested at different budgets. {' '.join(said)}"
+
+
+def _budget_of(record: Record) -> str | None:
+    """`uniform`, `concentrated on layers 18, 23`; None where another's cache compressed, or nothing did."""
+    attention = (record.config.get("evaluation") or {}).get("attention") or {}
+    if not attention or attention.get("scorer") == "dense" or (record.config.get("generate") or {}).get("peer"):
+        return None
+    budget, layers = attention.get("budget") or "uniform", list(attention.get("dense_layers") or ())
+    if not layers:
+        return str(budget)
+    ordered = budget == "concentrated"  # the order says which of them are dense
+    named = f"layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers if ordered else sorted(layers)))}"
+    return f"concentrated on {named}" if ordered else f"{budget}, {named} dense"
 
 
 def missing_seeds(table: ResultTable, joined: Joined, seeds: Seeds) -> dict[str, list[str]]:

@@ -29,7 +29,8 @@ from lrsa.results.setting import Setting
 
 RECORD_FILE = "record.json"
 OUTCOMES_FILE = "outcomes.jsonl.gz"
-# where a run is logged, how it is shown, what it saves and where it continues from do not change what it computes
+# where a run is logged, how it is shown, what it saves, where it continues from, and what is only checked do not change
+# what it computes
 NOT_IN_ID = (
     "run.output_dir",
     "run.threads",
@@ -40,6 +41,7 @@ NOT_IN_ID = (
     "trainer.save_model",
     "data.cache_dir",
     "data.workers",
+    "model.ranked_on",
     "resume",
     "dry_run",
 )

@@ -34,10 +34,11 @@ SAME = (
     "perplexity",
     "run.threads",
 )
+TRAINS_LIKE = ("trainer.compile",)  # of runs that train: evaluations are never compiled
 # ... and of those that do, the one that differs least in these. Whatever neither names is scaled, or costs nothing.
 NEAR = ("attention", "evaluation.attention", "recipe.compressions", "data.parts", "evaluation.tasks")
-# What acts through another setting alone: here, through dense_layers.
-ACTS_ELSEWHERE = ("model.retrieval_layers",)
+# What acts through another setting alone, here dense_layers, or is only checked.
+ACTS_ELSEWHERE = ("model.retrieval_layers", "model.ranked_on")
 
 
 @dataclass(frozen=True)
@@ -77,12 +78,14 @@ class Measured:
         """Time scaled to the job's steps and examples; memory as measured, which runs do that train."""
         values = OmegaConf.to_container(OmegaConf.structured(conf))
         config = portable(values, Path(conf.run.output_dir))
+        trains = isinstance(conf, TrainConf) and conf.recipe.train
+        same = (*SAME, *TRAINS_LIKE) if trains else SAME
         alike = [
             record
             for record in self.records
             if record.command == COMMANDS[type(conf)]
             and self._same_device(record, conf.trainer.accelerator)
-            and not list(_differences(record.config, config, SAME))
+            and not list(_differences(record.config, config, same))
         ]
         if not alike:
             return Prediction()
@@ -121,8 +124,12 @@ def _of(config: Any, dotted: str) -> Any:
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any], groups: Sequence[str]) -> Iterator[str]:
     for group in groups:
         old, new = (dict(_leaves(_of(config, group), group)) for config in (before, now))
-        names = [name for name in dict.fromkeys([*old, *new]) if name not in ACTS_ELSEWHERE]
+        names = [name for name in dict.fromkeys([*old, *new]) if not _acts_elsewhere(name)]
         yield from (name for name in names if old.get(name) != new.get(name))
+
+
+def _acts_elsewhere(name: str) -> bool:
+    return any(name == other or name.startswith(f"{other}.") for other in ACTS_ELSEWHERE)
 
 
 def _seconds(record: Record, conf: TrainConf | EvalConf) -> float | None:

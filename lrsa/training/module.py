@@ -7,6 +7,7 @@ An optimiser step is `recipe.batch_size` samples, in `batch_size / micro_batch_s
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +66,7 @@ class PostTraining(LightningModule):
         recipe: optimisation, objective, and the compressions that a step is drawn from.
         seed: of the draws and of dropout.
         identity: plain values (dict, list, str, numbers) that a checkpoint must share with the run that resumes it.
+        not_identity: dotted names that a checkpoint of another version may hold among them, and that are not compared.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class PostTraining(LightningModule):
         recipe: RecipeConf,
         seed: int = 0,
         identity: dict[str, Any] | None = None,
+        not_identity: Collection[str] = (),
     ) -> None:
         super().__init__()
         if recipe.compressions and attention is None:
@@ -86,6 +89,7 @@ class PostTraining(LightningModule):
         self.recipe = recipe
         self.seed = seed
         self.identity = identity or {}
+        self.not_identity = frozenset(not_identity)
         self.report: StepReport | None = None
         self.strict_loading = all(parameter.requires_grad for parameter in model.parameters())
         taught = recipe.distillation.weight > 0 or recipe.distillation.hidden > 0
@@ -255,6 +259,7 @@ class PostTraining(LightningModule):
         differences = [
             f"{key}: {before!r} in the checkpoint, {now!r} now"
             for key, before, now in _compare(checkpoint.get("lrsa", {}), self.identity)
+            if key not in self.not_identity
         ]
         if differences:
             raise ValueError(

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
+import transformers
 from hydra.errors import CompactHydraException
 
 from lrsa.attention import BACKENDS, flash4
@@ -37,8 +36,13 @@ from lrsa.evaluation.errors import EvaluationInputError
 from lrsa.evaluation.peers import build_press
 from lrsa.results import Record, RecordError
 from lrsa.training import NonFiniteLoss, find_checkpoint, micro_batches
+from lrsa.training.compiling import checkpoints_outside
 from lrsa.validation import attention, layers, objective, perplexity, processes, selection
-from lrsa.validation.problems import ConfigError, ConfigWarning, raised, report
+from lrsa.validation.loaded import check_context_window as check_context_window
+from lrsa.validation.loaded import check_ranking as check_ranking
+from lrsa.validation.loaded import warn_unlike_saved as warn_unlike_saved
+from lrsa.validation.problems import ConfigError, raised, report
+from lrsa.validation.problems import ConfigWarning as ConfigWarning
 
 PRECISIONS = ("32-true", "bf16-mixed")
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
@@ -86,6 +90,7 @@ def check_train(conf: TrainConf) -> None:
         *_recipe(conf.recipe, conf.attention),
         *attention.one_question("attention", conf.attention, conf.recipe.train, "data.parts", conf.data.parts),
         *_trainer(conf.trainer),
+        *_compiled(conf),
         *_logger(conf.logger),
         *_evaluation(conf.evaluation, conf.data.length),
         *attention.scored_once(conf.evaluation),
@@ -139,18 +144,6 @@ def check_eval(conf: EvalConf) -> None:
         layers.warn_if_dense(conf.evaluation)
     elif conf.mode != "lm_eval":  # whose prompts have lengths of their own
         attention.warn_evaluation(conf.evaluation, None)
-
-
-def check_context_window(model_config: Any, length: int | None) -> None:
-    """Warn when samples are longer than what the loaded model's positions were made for."""
-    window = getattr(model_config.get_text_config(), "max_position_embeddings", None)
-    if window is not None and length is not None and length > window:
-        warnings.warn(
-            f"samples of {length} tokens exceed the model's max_position_embeddings={window}: shorten data.length, or "
-            "extend it with model.rope_scaling={rope_type: yarn, factor: ...}",
-            ConfigWarning,
-            stacklevel=2,
-        )
 
 
 def _model(conf: ModelConf) -> Iterator[str]:
@@ -272,6 +265,17 @@ def _trainer(conf: TrainerConf) -> Iterator[str]:
     for name in ("log_every", "checkpoint_every"):
         if getattr(conf, name) < 1:
             yield f"trainer.{name}={getattr(conf, name)}: optimiser steps, at least 1"
+
+
+def _compiled(conf: TrainConf) -> Iterator[str]:
+    """What `compiled_layers` would refuse once model and data are loaded."""
+    both = conf.trainer.compile and conf.model.gradient_checkpointing
+    if conf.recipe.train and both and checkpoints_outside():
+        yield (
+            f"trainer.compile=true with model.gradient_checkpointing=true: transformers {transformers.__version__} "
+            "checkpoints activations around what is compiled; set trainer.compile=false, set "
+            "model.gradient_checkpointing=false, or upgrade to transformers 5.23, which checkpoints inside"
+        )
 
 
 def _logger(conf: LoggerConf) -> Iterator[str]:

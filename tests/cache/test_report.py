@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from lrsa.attention import slots
-from lrsa.models import make_cache
+from lrsa.cache import SparseKVCache
+from lrsa.models import get_attention, make_cache, set_attention
 from tests.architectures import model_of, tokens
 from tests.cache.feeding import feed, left_padded
 from tests.cache.test_feeding import CHUNKS, LAG, config_of
@@ -66,3 +69,19 @@ def test_a_sliding_layer_reports_its_window():
     assert cache.report().layers[0].slots == 19
     with pytest.raises(ValueError, match="sliding-window"):
         cache.kept(0)
+
+
+@pytest.mark.parametrize("budget", ["pyramid", "concentrated"])
+def test_a_budget_by_layer_meets_no_sliding_layers(budget):
+    config = config_of("lag_relative", budget=budget, dense_layers=(1,))
+    refused = rf"budget='{budget}' on a model with 2 of 3 layers .*sliding_attention.*take budget='uniform'"
+    with pytest.raises(ValueError, match=refused):
+        model_of("gemma3_text", config)
+    model = model_of("gemma3_text", replace(config, budget="uniform"))
+    with pytest.raises(ValueError, match=refused):
+        set_attention(model, config)
+    assert get_attention(model).budget == "uniform"
+    model.config.lrsa = config.to_dict()  # as one may by hand
+    with pytest.raises(ValueError, match=refused):
+        SparseKVCache(config, model.config)
+    assert get_attention(model_of("llama", config)) == config

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,9 +26,12 @@ def make_run(tmp_path: Path) -> MakeRun:
         fingerprint: str = "f",
         loss: bool = False,
         knob: int = 0,
+        attention: Mapping[str, Any] | None = None,
     ) -> Record:
         run = tmp_path / "runs" / (folder or f"{arm}-seed{seed}")
-        config = {"recipe": {"name": arm, "knob": knob}, "run": {"seed": seed, "output_dir": str(run)}}
+        config: dict[str, Any] = {"recipe": {"name": arm, "knob": knob}, "run": {"seed": seed, "output_dir": str(run)}}
+        if attention is not None:  # that of the evaluation
+            config["evaluation"] = {"attention": dict(attention)}
         record = Record.start(run, command="lrsa-train", study="synthetic", arm=arm, seed=seed, config=config)
         cells, rows = [], []
         for (task, column), right in outcomes.items():

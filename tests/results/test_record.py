@@ -123,6 +123,8 @@ def test_id_is_of_what_is_computed() -> None:
     moved = {**config, "run": {"output_dir": "y", "seed": 0}, "logger": {"wandb": False}}
     other = {**config, "recipe": {"steps": 4}}
     assert config_id("c", config) == config_id("c", moved) != config_id("c", other)
+    named, unnamed = ({**config, "model": {"name": "x", **more}} for more in ({"ranked_on": {"hidden_size": 8}}, {}))
+    assert config_id("c", named) == config_id("c", unnamed), "it is only checked"
 
 
 def test_no_path_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

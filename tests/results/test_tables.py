@@ -208,6 +208,38 @@ def test_other_prompts_are_told(make_run: MakeRun) -> None:
     assert any("2 data fingerprints" in note for note in table.notes)
 
 
+def test_arms_tested_at_different_budgets_are_told(make_run: MakeRun) -> None:
+    uniform = {"scorer": "lag_relative", "budget": "uniform", "dense_layers": []}
+    spared = {"scorer": "lag_relative", "budget": "concentrated", "dense_layers": [7, 3]}
+    records = [
+        make_run("lrsa", LRSA, attention=spared),
+        make_run("dense", DENSE, attention=uniform),
+        make_run("older", DENSE, attention={"scorer": "lag_relative"}),  # than budgets
+    ]
+    options = {"arms": ["dense", "lrsa", "older"], "names": {"lrsa": "LRSA, spared"}, **FAST}
+    (note,) = [note for note in build_table(records, **options).notes if "budget" in note]
+    assert note == ("Tested at different budgets. Uniform: dense; older. Concentrated on layers 7, 3: LRSA, spared.")
+    for alike in (
+        build_table(records[1:], **FAST),
+        build_table(records, compressions=[1], **FAST),  # which is full attention, whatever the budget
+        build_table(records, arms=["lrsa"], **FAST),
+    ):
+        assert not any("budget" in note for note in alike.notes)
+    other = make_run("other", LRSA, attention={**spared, "dense_layers": [3, 7]})
+    assert any("layers 3, 7: other." in note for note in build_table([records[0], other], **FAST).notes)
+
+
+def test_a_column_of_one_budget_has_no_note_whatever_other_tasks_were_tested_at(make_run: MakeRun) -> None:
+    spared = {"scorer": "lag_relative", "budget": "concentrated", "dense_layers": [1]}
+    uniform = {"scorer": "lag_relative", "budget": "uniform", "dense_layers": [0]}
+    other = {("recall", 4): share(60)}
+    one, two = make_run("dense", DENSE, attention=spared), make_run("dense", other, folder="b", attention=uniform)
+    assert not any("budget" in note for note in build_table([one, two], **FAST).notes)
+    three = make_run("lrsa", other, attention=spared)
+    (note,) = [note for note in build_table([one, two, three], **FAST).notes if "budget" in note]
+    assert note.endswith("Uniform, layer 0 dense: dense. Concentrated on layer 1: dense; lrsa.")
+
+
 def test_two_experiments_cannot_give_one_cell(make_run: MakeRun) -> None:
     first, again = make_run("dense", DENSE, folder="a"), make_run("dense", DENSE, folder="b")
     with pytest.warns(TableWarning, match="measured twice, .*b/record.json"):

@@ -196,12 +196,25 @@ def test_predictions_scale_what_was_measured(sweeps: Sweeps, planned: Planned) -
     assert predicted("evaluation.tasks.recall.limit=12").seconds == pytest.approx(wall + 2 * scored)
     other = predicted("attention.lag_size=16")
     assert other.differs == ("attention.lag_size", "evaluation.attention.lag_size") and other.seconds == same.seconds
+    for measured_run in measured.records:  # which only says whose layers they are
+        measured_run.config["model"] |= {"ranked_on": {"num_hidden_layers": 2}}
     ranked = predicted("model.retrieval_layers=[1]")  # which no layer of this recipe attends differently for
     assert (ranked.source, ranked.differs) == (record.folder, ())
     spared = predicted("attention.dense_layers=[1]")
     assert spared.differs == ("attention.dense_layers", "evaluation.attention.dense_layers")
     for change in ("model=recall_tiny", "recipe.batch_size=4", "data.length=256", "trainer.precision=bf16-mixed"):
         assert predicted(change).source is None and predicted(change).seconds is None, change
+    for of_record, alike, unlike in ((None, "false", "true"), (True, "true", "false")):  # older records do not say
+        for other in measured.records:
+            other.config["trainer"] |= {"compile": of_record}
+        assert predicted(f"trainer.compile={alike}").source == record.folder
+        assert predicted(f"trainer.compile={unlike}").source is None
+    for other in measured.records:
+        other.config["recipe"] |= {"train": False}
+    assert predicted("recipe=none").source is not None, "what trains nothing is never compiled"
+    for other in measured.records:
+        other.config["recipe"] |= {"train": True}
+        other.config["trainer"] |= {"compile": False}
     new_task = predicted("task=[recall,passkey]", "evaluation.tasks.passkey.limit=3")
     assert new_task.seconds is None and new_task.bytes is not None
 
