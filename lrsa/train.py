@@ -16,6 +16,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lrsa.attention import from_conf
+from lrsa.attention.config import BY_LAYER
 from lrsa.config import TrainConf, config_dir, register_configs
 from lrsa.data import LRSADataModule
 from lrsa.evaluation import evaluate, load_tasks
@@ -118,6 +119,10 @@ def _train(
     data.setup()
     record.update(data=data.describe())
     model, adapter = _built(conf)
+    for factor in conf.recipe.compressions:
+        used = None if attention is None else attention.with_compression(factor)
+        if used is not None and used.budget in BY_LAYER:
+            log.info("%gx: %s", factor, used.spread(model.config.get_text_config().num_hidden_layers))
     parameters = parameter_counts(model)
     trained = _fitted(conf, model, data, logger)
     record.update(training={**_training_facts(trained), "parameters": parameters, "devices": conf.trainer.devices})
