@@ -233,6 +233,22 @@ def test_samples_too_short_to_compress_warn() -> None:
         check_eval(compose_eval("mode=layers", "task=[recall]", "evaluation.length=200", "evaluation.compressions=[1]"))
 
 
+def test_a_budget_that_is_trained_and_not_tested_warns(recwarn: pytest.WarningsRecorder) -> None:
+    spared = [*TINY, "recipe=lrsa", "model.retrieval_layers=[1]", "data.length=512", "evaluation.length=512"]
+    unlike = r"budget=uniform with dense_layers=\[1\] in training, but evaluation\.attention\.budget=concentrated"
+    with pytest.warns(ConfigWarning, match=unlike):
+        check_train(compose_train(*spared, "attention.budget=uniform"))
+    recwarn.clear()
+    for fine in (
+        [],
+        ["recipe=dense"],
+        ["recipe=lrsa_uniform"],
+        ["attention.budget=uniform", "recipe.compressions=[1]"],
+    ):
+        check_train(compose_train(*spared, *fine))
+    assert not recwarn.list
+
+
 def test_a_compression_that_keeps_nothing_warns() -> None:
     with pytest.warns(ConfigWarning, match=r"\[16\.0\] keep nothing"):
         check_train(compose_train(*TINY, "attention.lag_size=8"))

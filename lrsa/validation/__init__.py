@@ -103,6 +103,7 @@ def check_train(conf: TrainConf) -> None:
     factors = conf.recipe.compressions or [4]
     attention.warn_if_dense("attention", conf.attention, "data.length", conf.data.length, factors)
     attention.warn_evaluation(conf.evaluation, conf.data.length)
+    attention.warn_if_tested_unlike(conf)
 
 
 def check_eval(conf: EvalConf) -> None:

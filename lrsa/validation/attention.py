@@ -91,6 +91,23 @@ def needs_a_cache(conf: EvalConf) -> Iterator[str]:
         yield f"mode={conf.mode} needs a cache, which cannot hold evaluation.attention: {reason}; use mode=score"
 
 
+def warn_if_tested_unlike(conf: TrainConf) -> None:
+    """Of a model that is trained with its tokens shared out one way over the layers, and tested with another."""
+    trained, tested = conf.attention, conf.evaluation.attention
+    compressions = conf.recipe.compressions, conf.evaluation.compressions
+    compressed = all(any(factor != 1 for factor in factors) for factors in compressions)
+    if not conf.recipe.train or not compressed or None in (from_conf(trained), from_conf(tested)):
+        return
+    if (trained.budget, list(trained.dense_layers)) != (tested.budget, list(tested.dense_layers)):
+        warnings.warn(
+            f"attention.budget={trained.budget} with dense_layers={list(trained.dense_layers)} in training, but "
+            f"evaluation.attention.budget={tested.budget} with dense_layers={list(tested.dense_layers)} when tested: "
+            "set both alike, or mean it (recipe=lrsa sets both, recipe=lrsa_uniform neither)",
+            ConfigWarning,
+            stacklevel=3,
+        )
+
+
 def warn_evaluation(conf: EvaluationConf, length: int | None) -> None:
     warn_if_dense(
         "evaluation.attention", conf.attention, "evaluation.length", conf.length or length or 0, conf.compressions
