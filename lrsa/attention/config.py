@@ -260,7 +260,7 @@ class SparseAttentionConfig:
         layers = tuple(layer % num_layers for layer in self.dense_layers)
         if self.budget == "concentrated" and len(set(layers)) < len(layers):
             raise ValueError(f"dense_layers={self.dense_layers} names a layer of {num_layers} twice: name each once")
-        return replace(self, dense_layers=layers)
+        return self if layers == self.dense_layers else replace(self, dense_layers=layers)
 
     def with_compression(self, factor: float) -> SparseAttentionConfig | None:
         """The same rule at nominal compression ``factor`` (4 for "4x": keep ratio 1/4); None, full attention, at 1."""

@@ -5,7 +5,6 @@ The file is what `lrsa.evaluation.layers.rank_layers` returns: `start`, `order`,
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from lrsa.results.record import RecordError, write_atomically
+from lrsa.results.found import read_found, write_found
 
 FILE = "layers.json"
 Found = Mapping[str, Any]
@@ -21,7 +20,7 @@ Found = Mapping[str, Any]
 
 def write_layers(folder: str | Path, found: Found) -> None:
     """Write `layers.json` into a run folder, after each round: a run that is killed keeps what it found."""
-    write_atomically(Path(folder) / FILE, (json.dumps(found, allow_nan=False) + "\n").encode())
+    write_found(Path(folder) / FILE, found)
 
 
 def read_layers(folder: str | Path) -> dict[str, Any]:
@@ -30,12 +29,7 @@ def read_layers(folder: str | Path) -> dict[str, Any]:
     Raises:
         RecordError: there is none, or it is damaged.
     """
-    file = Path(folder) / FILE
-    try:
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RecordError(f"{file}: {error} (lrsa-eval mode=layers writes it)") from error
-    return found
+    return read_found(Path(folder) / FILE, "layers")
 
 
 def as_override(found: Found) -> str:

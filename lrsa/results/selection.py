@@ -7,7 +7,6 @@ those that choose, and `survival`, `agreement` and `swap` as `lrsa.evaluation.se
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from lrsa.results.record import RecordError, write_atomically
+from lrsa.results.found import read_found, write_found
 
 FILE = "selection.json"
 Found = Mapping[str, Any]
@@ -24,7 +23,7 @@ Found = Mapping[str, Any]
 def write_selection(folder: str | Path, names: Mapping[str, str], cells: Sequence[Found]) -> dict[str, Any]:
     """Write `selection.json` into a run folder; returns what it holds."""
     found = {"names": dict(names), "cells": list(cells)}
-    write_atomically(Path(folder) / FILE, (json.dumps(found, allow_nan=False) + "\n").encode())
+    write_found(Path(folder) / FILE, found)
     return found
 
 
@@ -34,12 +33,7 @@ def read_selection(folder: str | Path) -> dict[str, Any]:
     Raises:
         RecordError: there is none, or it is damaged.
     """
-    file = Path(folder) / FILE
-    try:
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RecordError(f"{file}: {error} (lrsa-eval mode=selection writes it)") from error
-    return found
+    return read_found(Path(folder) / FILE, "selection")
 
 
 def selection_metrics(cells: Sequence[Found]) -> dict[str, float]:

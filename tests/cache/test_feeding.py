@@ -107,10 +107,8 @@ def test_dense_layers_no_sinks_and_a_full_budget(scorer, sink):
     torch.testing.assert_close(sparse, parallel(model, ids), **NEAR)
 
 
-@pytest.mark.parametrize("dense_layers", [(), (1,)])
-def test_a_pyramid_has_all_forms_and_the_same_total(dense_layers):
-    """Layers with shares of their own: 5, 3 and 1 of 8 where all would keep 3."""
-    config = config_of("lag_relative", budget="pyramid", dense_layers=dense_layers)
+def check_forms(config: SparseAttentionConfig, uniform: SparseAttentionConfig) -> list[int]:
+    """That all forms of a budget by layer agree and are not `uniform`'s function; returns the slots of each layer."""
     model, ids = model_of("llama", config, backend="reference"), tokens(2, TOKENS)
     mask_form = parallel(model, ids)
     set_attention(model, config, backend="gather")
@@ -118,30 +116,28 @@ def test_a_pyramid_has_all_forms_and_the_same_total(dense_layers):
     for block in (1, 13, TOKENS):
         cache = make_cache(model)
         torch.testing.assert_close(feed(model, cache, ids, block), mask_form, **NEAR)
-    slots = [layer.slots for layer in cache.report().layers]
-    uniform = config_of("lag_relative", dense_layers=dense_layers)
     set_attention(model, uniform)
     flat = make_cache(model)
     feed(model, flat, ids, TOKENS)
-    assert slots[0] > slots[2] and sum(slots) == sum(layer.slots for layer in flat.report().layers)
+    slots = [layer.slots for layer in cache.report().layers]
+    assert sum(slots) == sum(layer.slots for layer in flat.report().layers)
     assert (parallel(model, ids) - mask_form).abs().max() > 0.01
+    return slots
+
+
+@pytest.mark.parametrize("dense_layers", [(), (1,)])
+def test_a_pyramid_has_all_forms_and_the_same_total(dense_layers):
+    """Layers with shares of their own: 5, 3 and 1 of 8 where all would keep 3."""
+    options = {"dense_layers": dense_layers}
+    slots = check_forms(config_of("lag_relative", budget="pyramid", **options), config_of("lag_relative", **options))
+    assert slots[0] > slots[2]
 
 
 def test_a_concentrated_budget_has_all_forms_and_the_same_total():
     """Of 4 tokens a partition in each of three layers the last takes its 8, and 2 are left for each of the others."""
     config = config_of("lag_relative", budget="concentrated", dense_layers=(-1, 0), top_k=4)
-    model, ids = model_of("llama", config, backend="reference"), tokens(2, TOKENS)
-    mask_form = parallel(model, ids)
-    set_attention(model, config, backend="gather")
-    torch.testing.assert_close(parallel(model, ids), mask_form, **NEAR)
-    for block in (1, 13, TOKENS):
-        cache = make_cache(model)
-        torch.testing.assert_close(feed(model, cache, ids, block), mask_form, **NEAR)
     few = config_of("lag_relative", top_k=2).geometry.held(TOKENS)
-    assert [layer.slots for layer in cache.report().layers] == [few, few, TOKENS]
-    assert 2 * few + TOKENS == 3 * config_of("lag_relative", top_k=4).geometry.held(TOKENS)
-    set_attention(model, config_of("lag_relative", top_k=4))
-    assert (parallel(model, ids) - mask_form).abs().max() > 0.01
+    assert check_forms(config, config_of("lag_relative", top_k=4)) == [few, few, TOKENS]
 
 
 def test_prefill_in_blocks_is_prefill_at_once():
