@@ -289,7 +289,7 @@ def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_recipe_mixture_gives_samples(data: str, tiny_world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the experiments below, but for the training: a batch of each part."""
     monkeypatch.setenv("LRSA_DATA", str(tiny_world))
-    sizes = ["model=tiny_random", "trainer=cpu", "data.length=700", "recipe.steps=40"]
+    sizes = ["model=tiny_random", "trainer=cpu", "data.length=800", "recipe.steps=40"]
     conf = compose_train("experiment=smollm2_robustness", f"data={data}", *sizes)
     check_train(conf)
     module = LRSADataModule(conf.data, load_tokenizer(str(tiny_world / "tokenizer")), conf.recipe, conf.run.seed)
@@ -298,7 +298,7 @@ def test_every_recipe_mixture_gives_samples(data: str, tiny_world: Path, monkeyp
     assert sum(part.weight for part in conf.data.parts.values()) == pytest.approx(1)
     for part in module.mixture.parts.values():
         sample = part.sample(0)
-        assert len(sample.input_ids) == 700 and sample.answer_spans[-1][1] == 700
+        assert len(sample.input_ids) == 800 and sample.answer_spans[-1][1] == 800
     trained = [part for part in conf.data.parts.values() if part.path]
     assert {part.split for part in trained} <= {"train", "train[fit]"}, "nothing that is tested on"
     assert all((part.filler or "@train").endswith("@train") for part in conf.data.parts.values())
