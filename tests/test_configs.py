@@ -135,7 +135,7 @@ def test_recipes_set_the_training_attention_and_studies_the_geometry() -> None:
         ("dense", "dense", "dense", []),
         ("lrsa_uniform", "lrsa", "lag_relative", [4]),
         ("lrsa_mixed", "lrsa_mixed", "lag_relative", [2, 4, 8]),
-        ("lrsa", "lrsa", "lag_relative", [1, 4, 8]),
+        ("lrsa", "lrsa", "lag_relative", [1, 1, 4, 8]),
     ):
         conf = compose_train(*overrides, f"recipe={recipe}")
         assert conf.attention.scorer == scorer and conf.recipe.compressions == compressions
@@ -155,7 +155,7 @@ def test_the_default_recipe_spares_the_layers_that_the_model_names(model: str) -
     conf = compose_train(f"model={model}")
     layers = conf.model.retrieval_layers
     assert len(set(layers)) == len(layers) > 0 and max(layers) < 30, "SmolLM2-135M has 30"
-    assert conf == compose_train(f"model={model}", "recipe=lrsa") and conf.recipe.compressions == [1, 4, 8]
+    assert conf == compose_train(f"model={model}", "recipe=lrsa") and conf.recipe.compressions == [1, 1, 4, 8]
     for attention in (conf.attention, conf.evaluation.attention):
         assert (attention.budget, attention.dense_layers) == ("concentrated", layers)
     assert from_conf(conf.attention) == from_conf(conf.evaluation.attention)
@@ -196,7 +196,7 @@ def test_the_confirmation_study_trains_every_arm_alike_and_reads_no_book_that_is
     confs = [compose_train("experiment=smollm2_lossless", f"recipe={name}") for name in recipes]
     assert [conf.run.arm for conf in confs] == ["none", "dense", "random", "lrsa"]
     assert confs[2].recipe.random_share == 1 and confs[2].recipe.compressions == [1, 4, 8]
-    assert compose_train("experiment=smollm2_lossless") == confs[3] and confs[3].recipe.compressions == [1, 4, 8]
+    assert compose_train("experiment=smollm2_lossless") == confs[3] and confs[3].recipe.compressions == [1, 1, 4, 8]
     assert (confs[3].attention.budget, confs[3].attention.dense_layers) == (
         "concentrated",
         confs[3].model.retrieval_layers,
@@ -215,7 +215,8 @@ def test_the_confirmation_study_trains_every_arm_alike_and_reads_no_book_that_is
             "xquad": None,
             "hotpotqa": 300,
         }
-        assert all((part.filler or "").endswith("@train") for part in conf.data.parts.values())
+        texts = [part.filler or f"@{part.split}" for part in conf.data.parts.values()]
+        assert texts == ["Salesforce/wikitext:wikitext-2-raw-v1@train"] * 2 + ["@train"]
         assert not {part.source for part in conf.data.parts.values()} & {"vt", "kv", "passkey"}, "what is untouched"
     untouched = compose_eval("mode=generate", "task=[untouched]").evaluation.tasks
     assert {task.source for task in untouched.values()} == {"vt", "kv", "passkey"}

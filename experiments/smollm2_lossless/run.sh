@@ -1,7 +1,7 @@
 #!/bin/bash
-# An arm of one seed of experiments/smollm2_lossless: run.sh <none|dense|lrsa|lrsa_random> <seed> [train|untouched|prose|uniform|controls|2048|8192 ...]
+# An arm of one seed of experiments/smollm2_lossless: run.sh <none|dense|lrsa|lrsa_random> <seed> [train|untouched|suite|prose|uniform|controls|2048|8192 ...]
 #   M: folder of the base model, R: of the runs; TRAIN, EVAL: further overrides of lrsa-train, of lrsa-eval; ARM: another name for the arm,
-#   e.g. ARM=lrsa-lm TRAIN=data=recipe_lm run.sh lrsa 0
+#   e.g. ARM=lrsa-answers TRAIN=data=smollm2_mix run.sh lrsa 0
 # Called again it skips what is finished and goes on where a killed run was.
 set -euo pipefail
 recipe=$1 seed=$2
@@ -28,13 +28,16 @@ budget=(evaluation.attention.budget=concentrated 'evaluation.attention.dense_lay
 lengths=('task=[needles,xquad]' 'evaluation.compressions=[1,4,8]' evaluation.tasks.needles.limit=160 evaluation.tasks.xquad.limit=400)
 
 stages=("${@:3}")
-if [ ${#stages[@]} = 0 ]; then stages=(train untouched prose uniform controls 2048 8192); fi
+if [ ${#stages[@]} = 0 ]; then stages=(train untouched suite prose uniform controls 2048 8192); fi
 for stage in "${stages[@]}"; do
   case $stage in
     train) go "$run" "$kept" lrsa-train experiment=smollm2_lossless recipe="$recipe" run.arm="$arm" run.seed="$seed" \
       "${base[@]}" trainer.compile=true ${TRAIN:-} ;;
     untouched) evaluate untouched "${budget[@]}" mode=generate 'task=[untouched]' 'evaluation.compressions=[1,2,4,8]' evaluation.batch_size=55 \
       model.dtype=bfloat16 trainer.precision=32-true ;;
+    suite) # more that was not trained on, of those tasks of the suite that the model can do at all
+      evaluate suite "${budget[@]}" mode=generate 'task=[ruler_niah_single_2,ruler_niah_single_3,ruler_niah_multikey_2,babi_qa1]' \
+        'evaluation.compressions=[1,4,8]' evaluation.batch_size=50 model.dtype=bfloat16 trainer.precision=32-true ;;
     prose) evaluate prose "${budget[@]}" mode=perplexity perplexity.text=Salesforce/wikitext:wikitext-2-raw-v1@validation \
       'evaluation.compressions=[1,4,8]' evaluation.batch_size=20 ;;
     uniform) # the same model where every layer keeps as much as every other
@@ -50,6 +53,6 @@ for stage in "${stages[@]}"; do
       done ;;
     2048) evaluate 2048 "${budget[@]}" "${lengths[@]}" evaluation.length=2048 evaluation.batch_size=20 ;;
     8192) evaluate 8192 "${budget[@]}" "${lengths[@]}" evaluation.length=8192 evaluation.batch_size=5 ;;
-    *) echo "no stage '$stage': train, untouched, prose, uniform, controls, 2048, 8192" >&2; exit 1 ;;
+    *) echo "no stage '$stage': train, untouched, suite, prose, uniform, controls, 2048, 8192" >&2; exit 1 ;;
   esac
 done
