@@ -33,6 +33,18 @@ def test_tables_share_what_is_common(study: Path) -> None:
     assert tables["kept"].records == [str(study / "records")] and tables["kept"].output == str(study)
 
 
+def test_seeds_are_those_of_a_tables_own_arms(study: Path) -> None:
+    lines = [
+        "arms: [none, dense, lrsa]",
+        "seeds: {none: [0], dense: [0, 1], lrsa: [0, 1]}",
+        "tables: {all: null, two: {arms: [dense, lrsa]}, one: {arms: [lrsa], seeds: {lrsa: [0]}}, some: {seeds: [0]}}",
+    ]
+    write(study, chr(10).join(lines))
+    seeds = {stem: conf.seeds for stem, conf in read_study(study).items()}
+    two = {"dense": [0, 1], "lrsa": [0, 1]}
+    assert seeds == {"all": {"none": [0], **two}, "two": two, "one": {"lrsa": [0]}, "some": [0]}
+
+
 def test_records_stand_relative_to_the_file(study: Path) -> None:
     write(study, "records: [../other/records, records]\n")
     assert read_study(study)["table"].records == [str(study.parent / "other/records"), str(study / "records")]
