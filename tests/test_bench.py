@@ -18,8 +18,10 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from lrsa import bench
-from lrsa.attention import SparseAttentionConfig, decode, flash4
+from lrsa.attention import SparseAttentionConfig, blocks, decode, flash4
+from lrsa.attention.selection import select
 from lrsa.benchmark import dense, engines, filled, generate, kernels, peers
+from lrsa.benchmark import report as report_module
 from lrsa.benchmark.report import of_records, report
 from lrsa.benchmark.timing import compare
 from lrsa.config import BenchConf, config_dir
@@ -108,6 +110,39 @@ def test_several_scorers_beside_each_other(tmp_path: Path) -> None:
     rows = list(kernels.run(conf, torch.device("cpu")))
     assert [row["scorer"] for row in rows] == ["lag_relative", "snapkv", "random"]
     assert all(row["gate"] == "passed" and row["selection"]["median"] > 0 for row in rows)
+
+
+def test_rows_are_timed_apart_as_flash4_makes_them(tmp_path: Path) -> None:
+    config = SparseAttentionConfig(sink_size=4, lag_size=16)
+    _, key, value, _ = kernels.make_inputs(configured(tmp_path), 300, torch.device("cpu"))
+    index = select(key, value, config, config.geometry.selected_partitions(300))
+    layout = blocks.layout(config.geometry, 300, torch.device("cpu"), blocks.WALK, heads=1.0)
+    passes = kernels.row_passes(key, value, index, layout)
+    made = passes["rows_forward"]()
+    assert [x.shape[2] for x in made] == [layout.length] * 2 and torch.equal(made[0][:, :, :4], key[:, :, :4])
+    gradients = passes["rows_backward"]()
+    assert [x.shape for x in gradients[:2]] == [key.shape, value.shape]
+
+
+def test_the_share_beside_attending_is_of_the_whole_pass() -> None:
+    def took(ms: float) -> dict[str, float]:
+        return {"median": ms}
+
+    row = {"selection": took(0.2), "forward_backward": {"sparse": took(10.0)}}
+    assert report_module._beside_attending(row) == ["0.2", "", ""], "a form whose rows are not apart, an older record"
+    row |= {"rows_forward": took(0.1), "rows_backward": took(0.3)}
+    assert report_module._beside_attending(row) == ["0.2", "0.4", "6%"]
+    assert report_module._beside_attending({"forward_backward": {"sparse": took(1.0)}}) == ["", "", ""]
+
+
+def test_columns_that_only_flash4_has_stand_where_it_is(tmp_path: Path) -> None:
+    record = json.loads(bench.run(configured(tmp_path)).path.read_text())
+    config, rows = record["config"], record["metrics"]["rows"]
+    assert "rows ms" not in report_module._kernels(config, rows, "x").columns
+    timed = rows[0] | {name: rows[0]["selection"] for name in ("rows_forward", "rows_backward")}
+    shown = report_module._kernels(config, [*rows, timed], "x")
+    at = shown.columns.index("rows ms")
+    assert [bool(row[at]) for row in shown.rows] == [False, True] and len(shown.rows[0]) == len(shown.columns)
 
 
 def test_an_unknown_scorer_is_refused_before_anything_is_measured(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 #!/bin/bash
 # An arm of one seed of experiments/smollm2_lossless: run.sh <none|dense|lrsa|lrsa_random> <seed> [train|untouched|suite|prose|uniform|controls|2048|8192 ...]
 #   M: folder of the base model, R: of the runs; TRAIN, EVAL: further overrides of lrsa-train, of lrsa-eval; ARM: another name for the arm,
-#   e.g. ARM=lrsa-answers TRAIN=data=smollm2_mix run.sh lrsa 0
+#   e.g. ARM=lrsa-lm TRAIN=data=recipe_lm run.sh lrsa 0
 # Called again it skips what is finished and goes on where a killed run was.
 set -euo pipefail
 recipe=$1 seed=$2

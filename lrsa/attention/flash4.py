@@ -107,7 +107,7 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, index, gate, layout, scale):
         sink = layout.mask.sink
-        made = rows.gather(key, value, index, _plan(key, index, layout), gate)
+        made = rows.gather(key, value, index, plan_of(key, index, layout), gate)
         out = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format)  # [B, T, Hq, D], as theirs
         log_sum = kernels().forward(
             query.transpose(1, 2)[:, sink:], *(x.transpose(1, 2) for x in made), out[:, sink:], layout, scale,
@@ -128,7 +128,7 @@ class Attention(torch.autograd.Function):
         layout, sink = ctx.layout, ctx.layout.mask.sink
         grad_query = torch.empty_like(out)
         ours = (x.transpose(1, 2)[:, sink:] for x in (query, out, grad_out, grad_query))
-        plan = _plan(key, index, layout, layout.again)
+        plan = plan_of(key, index, layout, layout.again)
         made = rows.gather(key, value, index, plan, gate)
         kernels().backward(*ours, *(x.transpose(1, 2) for x in made), log_sum, layout, ctx.scale)
         grad_key, grad_value, grad_gate = rows.scatter(*made, key, value, index, plan, gate)
@@ -141,7 +141,8 @@ class Attention(torch.autograd.Function):
         return grad_query, grad_key, grad_value, None, grad_gate, None, None
 
 
-def _plan(key: Tensor, index: Tensor, layout: Layout, again: tuple[int, ...] = ()) -> Plan:
+def plan_of(key: Tensor, index: Tensor, layout: Layout, again: tuple[int, ...] = ()) -> Plan:
+    """Of the rows that a pass reads; ``again``: `Layout.again` for the backward pass."""
     mask = layout.mask
     partitions = index.shape[2] // mask.kept if mask.kept else 0
     return Plan(

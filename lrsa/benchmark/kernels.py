@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from lrsa.attention import SparseAttentionConfig, flash4, kept_tokens, sparse_attention
+from lrsa.attention import SparseAttentionConfig, flash4, kept_tokens, rows, sparse_attention
 from lrsa.attention.api import choose_backend
+from lrsa.attention.blocks import Layout
 from lrsa.attention.selection import select
 from lrsa.benchmark.cases import cases
 from lrsa.benchmark.gate import relative_error, worst
@@ -92,9 +93,30 @@ def _timed(
         return select(key, value, config, config.geometry.selected_partitions(tokens), query=query)
 
     row = measure(sparse, inputs, dense, inputs, conf.rounds, graphs=conf.graphs)
-    selection = prepared({"selection": choose}, query.device, conf.graphs)
-    row["selection"] = vars(compare(selection, conf.rounds, query.device)["selection"])
+    with torch.no_grad():
+        index = choose()
+    parts: dict[str, Callable[[], object]] = {"selection": choose}
+    if choose_backend(backend, query) == "flash4":  # elsewhere they are not apart from the attention
+        parts |= row_passes(key, value, index, flash4.layout_of(query, config.geometry))
+    times = compare(prepared(parts, query.device, conf.graphs), conf.rounds, query.device)
+    row |= {name: vars(taken) for name, taken in times.items()}
     return row | against_ideal(config.geometry.pairs(tokens), tokens)
+
+
+def row_passes(key: Tensor, value: Tensor, index: Tensor, layout: Layout) -> dict[str, Callable[[], object]]:
+    """What flash4's passes do besides attending: the rows that the kernels read, and their gradients' way back."""
+    forward, backward = (flash4.plan_of(key, index, layout, again) for again in ((), layout.again))
+
+    def gather() -> object:
+        with torch.no_grad():
+            return rows.gather(key, value, index, forward)
+
+    def scatter() -> object:
+        with torch.no_grad():
+            made = rows.gather(key, value, index, backward)  # where the kernels put the gradients
+            return rows.scatter(*made, key, value, index, backward)
+
+    return {"rows_forward": gather, "rows_backward": scatter}
 
 
 def measure(

@@ -63,19 +63,23 @@ def write_reports(reports: Sequence[Report], path: Path, rebuild: str) -> None:
 
 
 KERNEL_COLUMNS = (
-    "T", "scorer", "L", "keep", "form", "error", "select ms", "fwd ms", "gain", "of ideal", "fwd+bwd ms", "gain",
-    "of ideal", "ideal", "keys", "peak GiB", "memory",
+    "T", "scorer", "L", "keep", "form", "error", "select ms", "rows ms", "share", "fwd ms", "gain", "of ideal",
+    "fwd+bwd ms", "gain", "of ideal", "ideal", "keys", "peak GiB", "memory",
 )  # fmt: skip
 
 
 def _kernels(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], device: str) -> Report:
-    """Medians in ms, dense (the fastest kernel there) -> sparse; an implementation that is wrong gets no time. ``keys``
-    are those that a query attends on average, the peak is that of forward and backward, and ``memory`` what
-    it is beyond dense attention's, in bytes of all keys and values."""
+    """Medians in ms, dense (the fastest kernel there) -> sparse; an implementation that is wrong gets no time.
+    ``share`` is that of the selection and of flash4's rows of keys, both ways, in forward and backward, which hold
+    them. ``keys`` are those that a query attends on average, the peak is that of forward and backward, and ``memory``
+    what it is beyond dense attention's, in bytes of all keys and values."""
     shape = f"batch {config['batch_size']}, {config['query_heads']}/{config['key_value_heads']} heads"
     how = ", CUDA graphs" if config.get("graphs") else ""
     title = f"Attention, dense->sparse, {shape}, D {config['head_dim']}, {config['dtype']}, {device}{how}"
-    return Report(title, KERNEL_COLUMNS, [_kernels_row(config, row) for row in rows])
+    cells = [_kernels_row(config, row) for row in rows]
+    apart = {"rows ms", "share"}  # flash4's alone, and not of records until 2026-11-22
+    shown = [i for i, name in enumerate(KERNEL_COLUMNS) if name not in apart or any(row[i] for row in cells)]
+    return Report(title, [KERNEL_COLUMNS[i] for i in shown], [[row[i] for i in shown] for row in cells])
 
 
 def _kernels_row(config: Mapping[str, Any], row: Mapping[str, Any]) -> list[str]:
@@ -89,7 +93,7 @@ def _kernels_row(config: Mapping[str, Any], row: Mapping[str, Any]) -> list[str]
         return _padded([*cells, row["failed"].splitlines()[0]], KERNEL_COLUMNS)
     if row["gate"] != "passed":
         return _padded([*cells, f"{_why_wrong(row)}: WRONG"], KERNEL_COLUMNS)
-    cells += [f"{row['error']:.0e}", _ms(row["selection"]["median"]) if "selection" in row else ""]
+    cells += [f"{row['error']:.0e}", *_beside_attending(row)]
     for name in ("forward", "forward_backward"):
         dense, sparse = (row[name][kernel]["median"] for kernel in (row[f"{name}_dense"], "sparse"))
         gain, ideal = row[f"{name}_speedup"], row["ideal_speedup"]
@@ -98,6 +102,15 @@ def _kernels_row(config: Mapping[str, Any], row: Mapping[str, Any]) -> list[str]
     peak = "-" if None in memory else "->".join(_gib(count) for count in memory)
     keys = (row["length"] + 1) / 2 / row["ideal_speedup"]
     return [*cells, f"{row['ideal_speedup']:.2f}x", f"{keys:,.0f}", peak, _memory(config, row)]
+
+
+def _beside_attending(row: Mapping[str, Any]) -> list[str]:
+    """ms of the selection, of the rows both ways, and the share of both in forward and backward; "" where not timed."""
+    names = "selection", "rows_forward", "rows_backward"
+    took = [row[name]["median"] for name in names if name in row]
+    rows = sum(took[1:])
+    share = sum(took) / row["forward_backward"]["sparse"]["median"]
+    return [_ms(took[0]) if took else "", *((_ms(rows), f"{share:.0%}") if rows else ("", ""))]
 
 
 def _why_wrong(row: Mapping[str, Any]) -> str:

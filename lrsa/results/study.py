@@ -65,10 +65,12 @@ def read_study(folder: Path, given: Mapping[str, Any] | None = None) -> dict[str
 
 
 def _table(folder: Path, stem: str, common: Any, own: Any, given: Mapping[str, Any]) -> TableConf:
+    if not isinstance(own, dict | DictConfig):
+        raise ValueError(f"tables.{stem}={own!r}: expected a mapping, what is different for it")
     if "seeds" in own:  # in place of the study's, not in addition
         common = {key: value for key, value in common.items() if key != "seeds"}
     conf: Any = OmegaConf.merge(OmegaConf.structured(TableConf), common, own)
-    if "arms" in own and "seeds" not in own and isinstance(conf.seeds, DictConfig):  # those of the study's other arms
+    if "arms" in own and "seeds" not in own and isinstance(conf.seeds, DictConfig):  # not those of other arms
         conf.seeds = {arm: seeds for arm, seeds in conf.seeds.items() if arm in conf.arms}
     set_there = [key for key in _OF_THE_CALL if conf[key] is not None]
     if set_there:

@@ -70,6 +70,7 @@ def test_what_a_call_says_wins_and_never_replaces_the_studys_files(study: Path) 
         ("bootstrap: many", "table.yaml: Value 'many'.*Integer"),
         ("output: elsewhere", "table.yaml: output: of the command line"),
         ("tables: [table]", "table.yaml: tables=.*expected a mapping"),
+        ("tables: {one: 3}", "table.yaml: tables.one=3: expected a mapping"),
         ("[1, 2]", "table.yaml: expected a mapping"),
         ("a: [", "table.yaml: "),
     ],
