@@ -150,6 +150,20 @@ def test_recipes_set_the_training_attention_and_studies_the_geometry() -> None:
     assert compose_train("attention=tova").attention.scorer == "tova", "a recipe's attention can be overridden"
 
 
+def test_the_hybrid_is_trained_and_tested_with_the_layers_and_bytes_of_the_default_recipe() -> None:
+    conf = compose_train("experiment=smollm2_lossless", "recipe=hybrid", "trainer=cpu")
+    check_train(conf)
+    rival = compose_train("experiment=smollm2_lossless", "recipe=lrsa")
+    assert conf.recipe.compressions == rival.recipe.compressions and conf.data == rival.data
+    trained, tested = from_conf(conf.attention), from_conf(conf.evaluation.attention)
+    assert trained == tested and trained.scorer == "recency" and trained.equal_bytes_at == 4096
+    for factor in (4, 8):
+        for index in range(30):
+            one = trained.with_compression(factor).for_layer(index, 30)
+            other = from_conf(rival.attention).with_compression(factor).for_layer(index, 30)
+            assert (one and one.held(4096)) == (other and other.held(4096))
+
+
 @pytest.mark.parametrize("model", ["smollm2", "smollm2_gguf"])
 def test_the_default_recipe_spares_the_layers_that_the_model_names(model: str) -> None:
     conf = compose_train(f"model={model}")

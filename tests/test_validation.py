@@ -73,8 +73,8 @@ from tests.test_configs import TINY, _hydra, compose_eval, compose_train  # noqa
             r"- evaluation\.attention\.budget=concentrated leave.* take evaluation\.attention\.budget=uniform, or name",
         ),
         (
-            ["recipe=lrsa", "attention=recency", "model.retrieval_layers=[1]"],
-            r"- attention: equal_bytes_at=256 with budget='concentrated'.*\(.*, recipe=lrsa_uniform does not\)$",
+            ["recipe=lrsa", "attention=snapkv_once", "model.retrieval_layers=[1]"],
+            r"- attention: budget='concentrated' with schedule='prefill_once'.*\(.*, recipe=lrsa_uniform does not\) - ",
         ),
         (
             ["recipe=lrsa", "attention.sink_size=-1", "model.retrieval_layers=[1]"],

@@ -1,5 +1,5 @@
 #!/bin/bash
-# An arm of one seed of experiments/smollm2_lossless: run.sh <none|dense|lrsa|lrsa_random> <seed> [train|untouched|suite|prose|uniform|controls|2048|8192 ...]
+# An arm of one seed of experiments/smollm2_lossless: run.sh <none|dense|lrsa|hybrid> <seed> [train|untouched|suite|prose|uniform|controls|2048|8192 ...]
 #   M: folder of the base model, R: of the runs; TRAIN, EVAL: further overrides of lrsa-train, of lrsa-eval; ARM: another name for the arm,
 #   e.g. ARM=lrsa-lm TRAIN=data=recipe_lm run.sh lrsa 0
 # Called again it skips what is finished and goes on where a killed run was.
@@ -25,6 +25,8 @@ evaluate() { # <stage> <overrides>...
     "${@:2}" ${EVAL:-}
 }
 budget=(evaluation.attention.budget=concentrated 'evaluation.attention.dense_layers=${model.retrieval_layers}')
+window=(attention@evaluation.attention=recency "${budget[@]}")
+if [ "$recipe" = hybrid ]; then budget=("${window[@]}"); fi # tested as it was trained
 lengths=('task=[needles,xquad]' 'evaluation.compressions=[1,4,8]' evaluation.tasks.needles.limit=160 evaluation.tasks.xquad.limit=400)
 
 stages=("${@:3}")
@@ -45,12 +47,14 @@ for stage in "${stages[@]}"; do
         evaluation.batch_size=10 evaluation.tasks.needles.limit=320
       evaluate untouched-uniform run.arm="$arm-uniform" mode=generate 'task=[untouched]' 'evaluation.compressions=[4,8]' \
         evaluation.floor=false evaluation.batch_size=55 model.dtype=bfloat16 trainer.precision=32-true ;;
-    controls) # the same budget, the other layers' few tokens chosen blindly: at random, or the newest of each partition
+    controls) # the same budget, the other layers' few tokens chosen blindly: at random, the newest of each partition, a wider window
       for rule in random recency; do
         evaluate "$rule" "${budget[@]}" run.arm="$arm-$rule" attention@evaluation.attention="$rule" evaluation.attention.keep_ratio=0.25 \
           evaluation.attention.top_k=null evaluation.attention.equal_bytes_at=null 'task=[needles,xquad]' 'evaluation.compressions=[4,8]' \
           evaluation.floor=false evaluation.batch_size=10 evaluation.tasks.needles.limit=320
-      done ;;
+      done
+      evaluate window "${window[@]}" run.arm="$arm-window" 'task=[needles,xquad]' 'evaluation.compressions=[4,8]' evaluation.floor=false \
+        evaluation.batch_size=10 evaluation.tasks.needles.limit=320 ;;
     2048) evaluate 2048 "${budget[@]}" "${lengths[@]}" evaluation.length=2048 evaluation.batch_size=20 ;;
     8192) evaluate 8192 "${budget[@]}" "${lengths[@]}" evaluation.length=8192 evaluation.batch_size=5 ;;
     *) echo "no stage '$stage': train, untouched, suite, prose, uniform, controls, 2048, 8192" >&2; exit 1 ;;

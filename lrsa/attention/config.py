@@ -38,15 +38,17 @@ class SparseAttentionConfig:
         budget: how the kept tokens are shared, the same total each time: ``uniform``; ``pyramid``, linearly falling
             from the first layer to the last (PyramidKV, arXiv 2406.02069); ``concentrated``, where the total is that of
             all layers, ``dense_layers`` included: in the order given, as many of them attend densely as it pays for,
-            and the other layers share the rest evenly; or ``adaptive``, to the heads of a layer by their scores
-            (AdaKV, arXiv 2407.11550; mask form alone). The chunked schedule has all of them.
+            and the other layers share the rest evenly, with ``equal_bytes_at`` as a wider window; or ``adaptive``, to
+            the heads of a layer by their scores (AdaKV, arXiv 2407.11550; mask form alone). The chunked schedule has
+            all of them.
         schedule: ``chunked``, each partition once its lag was read, wherever the prompt ends; or ``prefill_once``, as
             SnapKV, H2O and kvpress are published: the prompt attends densely, and at its end the p tokens between sinks
             and lag are compressed to ``int(r * p)`` (or ``min(top_k, p)``), as one partition. What follows the prompt
             sees these and all that came after it, and is never compressed.
         equal_bytes_at: T, for a window alone (``top_k=0``) in chunks, which has no ratio: `with_compression` then
             widens the window, ``lag_size``, to as many slots at T tokens as that compression of this ``lag_size`` would
-            leave.
+            leave. With ``concentrated`` that is a hybrid of full and window layers (``keep_ratio`` in place of
+            ``top_k`` is its compression, as `with_compression` sets it).
 
     Raises:
         ValueError: a value out of range or two that contradict each other; the message names them and the fix.
@@ -90,7 +92,8 @@ class SparseAttentionConfig:
                 f"top_k={self.top_k} is more than lag_size={self.lag_size}, the tokens of a partition: "
                 f"lower top_k to at most {self.lag_size} or raise lag_size"
             )
-        if self.equal_bytes_at is not None and self.top_k != 0:
+        hybrid = self.budget == "concentrated" and self.top_k is None
+        if self.equal_bytes_at is not None and self.top_k != 0 and not hybrid:
             raise ValueError(
                 f"equal_bytes_at={self.equal_bytes_at} widens a window, but top_k={self.top_k} keeps tokens of the "
                 "partitions before it: set top_k=0, or leave equal_bytes_at None"
@@ -106,11 +109,6 @@ class SparseAttentionConfig:
                 "budget='concentrated' takes tokens from most layers to leave dense_layers all of theirs, and "
                 "dense_layers is empty: name them, the neediest first (lrsa-eval mode=layers ranks them), or take "
                 "budget='uniform'"
-            )
-        if self.budget == "concentrated" and self.equal_bytes_at is not None:
-            raise ValueError(
-                f"equal_bytes_at={self.equal_bytes_at} with budget='concentrated': a wider window has no tokens of "
-                "partitions to share over layers; leave equal_bytes_at None, or take budget='uniform'"
             )
         if self.budget == "adaptive" and not scorer.comparable:
             raise ValueError(
@@ -226,7 +224,12 @@ class SparseAttentionConfig:
                 f"budget={self.budget!r} depends on the number of layers: pass config.for_layer(index, num_layers)"
             )
         kept = _shares(resolved, num_layers)[index]
-        return None if kept is None else _uniform(resolved, kept)
+        if kept is None:
+            return None
+        layer = _uniform(resolved, kept)
+        if self.equal_bytes_at is None or self.top_k == 0:
+            return layer
+        return _window_alone(layer, self.equal_bytes_at)
 
     def spread(self, num_layers: int) -> str:
         """In words, how tokens are shared out over layers."""
@@ -236,6 +239,9 @@ class SparseAttentionConfig:
         said = f"{len(dense)} of {num_layers} layers dense" + (f" ({', '.join(map(str, dense))})" if dense else "")
         if not rest:
             return said
+        if self.equal_bytes_at is not None:
+            window = next(layer.lag_size for layer in layers if layer is not None)
+            return f"{said}, the others hold sinks and windows of {window} tokens"
         few = f"{rest[0]}" if len(rest) == 1 else f"{rest[0]} to {rest[-1]}"
         none = ": sinks and window alone, the scorer chooses nothing" if rest == [0] else ""
         return f"{said}, the others keep {few} of {self.lag_size} tokens a partition{none}"
@@ -268,10 +274,10 @@ class SparseAttentionConfig:
             raise ValueError(f"compression {factor} is below 1: 4 means that a quarter is kept, 1 the full cache")
         if factor == 1:
             return None
+        if self.budget == "concentrated":  # what the windows of a hybrid hold depends on the depth: see for_layer
+            return replace(self, keep_ratio=1 / factor, top_k=None)
         kept = replace(self, keep_ratio=1 / factor, top_k=None, equal_bytes_at=None)
-        if self.equal_bytes_at is None:
-            return kept
-        return replace(self, lag_size=_window(kept.geometry, self.equal_bytes_at), equal_bytes_at=None)
+        return kept if self.equal_bytes_at is None else _window_alone(kept, self.equal_bytes_at)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as stored in a model's ``config.json`` under ``lrsa``."""
@@ -307,12 +313,12 @@ class SparseAttentionConfig:
 
 @functools.lru_cache(maxsize=512)
 def _uniform(config: SparseAttentionConfig, kept: int) -> SparseAttentionConfig:
-    return replace(config, budget="uniform", keep_ratio=None, top_k=kept, dense_layers=())
+    return replace(config, budget="uniform", keep_ratio=None, top_k=kept, dense_layers=(), equal_bytes_at=None)
 
 
 @functools.lru_cache(maxsize=512)
 def _dense_at(config: SparseAttentionConfig, index: int) -> SparseAttentionConfig:
-    return replace(config, budget="uniform", dense_layers=(index,))
+    return replace(config, budget="uniform", dense_layers=(index,), equal_bytes_at=None)
 
 
 @functools.lru_cache(maxsize=512)
@@ -324,6 +330,12 @@ def _shares(config: SparseAttentionConfig, layers: int) -> tuple[int | None, ...
         return tuple(None if layer in config.dense_layers[:dense] else kept for layer in range(layers))
     shares = iter(pyramid(mean, most, layers - len(set(config.dense_layers))))
     return tuple(None if layer in config.dense_layers else next(shares) for layer in range(layers))
+
+
+@functools.lru_cache(maxsize=512)
+def _window_alone(config: SparseAttentionConfig, tokens: int) -> SparseAttentionConfig:
+    """Sinks and a window that hold as many slots after ``tokens`` as ``config``, and nothing in between."""
+    return replace(config, keep_ratio=None, top_k=0, lag_size=_window(config.geometry, tokens), equal_bytes_at=None)
 
 
 @functools.lru_cache(maxsize=64)

@@ -340,7 +340,8 @@ class SparseKVCache(Cache):
         if self._compresses and self.config.schedule == ONCE:
             checks.check_crop_once(self.columns - remove, self._prompt_end or 0)
         elif self._compresses:
-            checks.check_crop(self.config.geometry, self.lengths, lengths)
+            for geometry in {layer.geometry for layer in self._sparse if layer.config is not None}:
+                checks.check_crop(geometry, self.lengths, lengths)
         for layer in self.layers:
             if isinstance(layer, AttendingLayer):
                 layer.take_back(remove)

@@ -84,7 +84,8 @@ def _budget_of(record: Record) -> str | None:
         return str(budget)
     ordered = budget == "concentrated"  # the order says which of them are dense
     named = f"layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers if ordered else sorted(layers)))}"
-    return f"concentrated on {named}" if ordered else f"{budget}, {named} dense"
+    windows = ", windows elsewhere" if attention.get("equal_bytes_at") else ""
+    return f"concentrated on {named}{windows}" if ordered else f"{budget}, {named} dense"
 
 
 def missing_seeds(table: ResultTable, joined: Joined, seeds: Seeds) -> dict[str, list[str]]:

@@ -260,6 +260,24 @@ def test_a_window_is_widened_to_equal_bytes(tokens, factor):
     assert window.geometry.slots(tokens) == rival.geometry.slots(tokens)
 
 
+@pytest.mark.parametrize("factor", [2, 4, 8])
+def test_a_hybrid_of_full_and_window_layers_holds_the_bytes_of_a_concentrated_budget(factor):
+    rule = SparseAttentionConfig(budget="concentrated", dense_layers=(18, 23, -13, 20, 7, 21, 15, 14))
+    windows = dataclasses.replace(rule, scorer="recency", top_k=0, equal_bytes_at=4096)
+    hybrid, rival = windows.with_compression(factor), rule.with_compression(factor)
+    assert SparseAttentionConfig.from_json(hybrid.to_json()) == hybrid and hybrid.with_compression(factor) == hybrid
+    for index in range(30):
+        one, other = hybrid.for_layer(index, 30), rival.for_layer(index, 30)
+        assert (one is None) == (other is None), "the same layers are dense"
+        if one is not None:
+            assert one.top_k == 0 and one.lag_size > 128 and (one.budget, one.equal_bytes_at) == ("uniform", None)
+            assert one.geometry.slots(4096) == other.geometry.slots(4096)
+        assert hybrid.alone(index, 30).for_layer(index) == one
+    window = next(filter(None, (hybrid.for_layer(index, 30) for index in range(30)))).lag_size
+    assert hybrid.spread(30).endswith(f"), the others hold sinks and windows of {window} tokens")
+    assert windows.spread(30) == "0 of 30 layers dense, the others hold sinks and windows of 128 tokens"
+
+
 def test_a_window_is_widened_where_nothing_is_kept_alone():
     with pytest.raises(ValueError, match=r"equal_bytes_at=4096 .* top_k=3 .*set top_k=0"):
         SparseAttentionConfig(scorer="recency", top_k=3, equal_bytes_at=4096)

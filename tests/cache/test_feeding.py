@@ -8,6 +8,7 @@ import torch
 from lrsa.attention import SparseAttentionConfig
 from lrsa.attention.huggingface import ARCHITECTURES
 from lrsa.cache import prefill
+from lrsa.cache.checks import last_compression
 from lrsa.models import make_cache, set_attention
 from tests.architectures import FAMILIES, model_of, tokens
 from tests.attention.tensors import LOCAL
@@ -18,7 +19,7 @@ CHUNKS = {"C=L": LAG, "C=2L": 2 * LAG, "C=3L+1": 3 * LAG + 1}
 NEAR = {"rtol": 1e-3, "atol": 5e-4}  # of logits that reach 10: float32 rounding through three layers of large weights
 
 
-def config_of(scorer: str, chunk: int = LAG, **options) -> SparseAttentionConfig:
+def config_of(scorer: str, chunk: int | None = LAG, **options) -> SparseAttentionConfig:
     usual = {"sink_size": 3, "lag_size": LAG, "top_k": 0 if scorer == "recency" else 3, "chunk_size": chunk}
     return SparseAttentionConfig(scorer=scorer, **(usual | options))
 
@@ -138,6 +139,24 @@ def test_a_concentrated_budget_has_all_forms_and_the_same_total():
     config = config_of("lag_relative", budget="concentrated", dense_layers=(-1, 0), top_k=4)
     few = config_of("lag_relative", top_k=2).geometry.held(TOKENS)
     assert check_forms(config, config_of("lag_relative", top_k=4)) == [few, few, TOKENS]
+
+
+def test_a_hybrid_of_full_and_window_layers_has_all_forms_and_is_cropped_by_its_windows():
+    options = {"budget": "concentrated", "dense_layers": (-1,), "keep_ratio": 1 / 2, "top_k": None}
+    config = config_of("recency", chunk=None, equal_bytes_at=TOKENS, **options)
+    window = config.for_layer(0, 3).geometry
+    assert window.lag > LAG and window.kept == 0
+    assert check_forms(config, config_of("recency", top_k=4))[2] == TOKENS
+
+    model, ids = model_of("llama", config), tokens(1, TOKENS)
+    cache = make_cache(model)
+    feed(model, cache, ids, TOKENS)
+    back = TOKENS - last_compression(window, TOKENS)
+    with pytest.raises(ValueError, match=rf"at most {back} tokens can be taken back"):
+        cache.crop(-back - 1)
+    cache.crop(-back)
+    again = feed(model, cache, ids[:, TOKENS - back :], 3)
+    torch.testing.assert_close(again, parallel(model, ids)[:, TOKENS - back :], **NEAR)
 
 
 def test_prefill_in_blocks_is_prefill_at_once():

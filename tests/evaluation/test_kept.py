@@ -19,6 +19,15 @@ CONFIGS = {
     "dense layers": SparseAttentionConfig(sink_size=4, lag_size=16, dense_layers=(0, -1)),
     "unlike layers": SparseAttentionConfig(sink_size=4, lag_size=16, budget="pyramid"),
     "a dense layer's share": SparseAttentionConfig(sink_size=4, lag_size=16, budget="concentrated", dense_layers=(1,)),
+    "a hybrid": SparseAttentionConfig(
+        "recency",
+        sink_size=4,
+        lag_size=16,
+        keep_ratio=1 / 2,
+        budget="concentrated",
+        dense_layers=(1,),
+        equal_bytes_at=99,
+    ),
     "once": SparseAttentionConfig("h2o", sink_size=4, lag_size=16, schedule="prefill_once"),
 }
 
