@@ -99,7 +99,14 @@ def test_a_job_goes_on_within_its_epoch(sweeps: Sweeps, monkeypatch: pytest.Monk
     assert len(runs) == 2 and len(set(runs)) == 1
 
 
-def test_two_processes_share_a_sweep(sweeps: Sweeps) -> None:
+def test_two_processes_share_a_sweep(sweeps: Sweeps, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluate = lrsa.train.evaluate
+
+    def beside_another_job(*arguments: Any, **options: Any) -> Any:
+        wait_until(lambda: len(list(Path("shared").glob(f"*/{RECORD_FILE}"))) > 1)  # of the other process, then
+        return evaluate(*arguments, **options)
+
+    monkeypatch.setattr(lrsa.train, "evaluate", beside_another_job)
     grid = [*GRID, "hydra.sweep.dir=shared"]
     children = [sweeps.start(*grid), sweeps.start(*grid)]
     assert [ended(child) for child in children] == [0, 0]
