@@ -161,7 +161,8 @@ def test_the_hybrid_is_trained_and_tested_with_the_layers_and_bytes_of_the_defau
         for index in range(30):
             one = trained.with_compression(factor).for_layer(index, 30)
             other = from_conf(rival.attention).with_compression(factor).for_layer(index, 30)
-            assert (one and one.held(4096)) == (other and other.held(4096))
+            assert (one is None) == (other is None)
+            assert one is None or one.held(4096) == pytest.approx(other.held(4096), rel=0.03)
 
 
 @pytest.mark.parametrize("model", ["smollm2", "smollm2_gguf"])

@@ -47,8 +47,8 @@ class SparseAttentionConfig:
             sees these and all that came after it, and is never compressed.
         equal_bytes_at: T, for a window alone (``top_k=0``) in chunks, which has no ratio: `with_compression` then
             widens the window, ``lag_size``, to as many slots at T tokens as that compression of this ``lag_size`` would
-            leave. With ``concentrated`` that is a hybrid of full and window layers (``keep_ratio`` in place of
-            ``top_k`` is its compression, as `with_compression` sets it).
+            leave. With ``concentrated`` that is a hybrid of full and window layers, as close as windows come at T and
+            in the mean before (``keep_ratio`` in place of ``top_k`` is its compression, as `with_compression` sets it).
 
     Raises:
         ValueError: a value out of range or two that contradict each other; the message names them and the fix.
@@ -229,7 +229,7 @@ class SparseAttentionConfig:
         layer = _uniform(resolved, kept)
         if self.equal_bytes_at is None or self.top_k == 0:
             return layer
-        return _window_alone(layer, self.equal_bytes_at)
+        return _window_alone(layer, self.equal_bytes_at, even=True)
 
     def spread(self, num_layers: int) -> str:
         """In words, how tokens are shared out over layers."""
@@ -333,21 +333,28 @@ def _shares(config: SparseAttentionConfig, layers: int) -> tuple[int | None, ...
 
 
 @functools.lru_cache(maxsize=512)
-def _window_alone(config: SparseAttentionConfig, tokens: int) -> SparseAttentionConfig:
+def _window_alone(config: SparseAttentionConfig, tokens: int, even: bool = False) -> SparseAttentionConfig:
     """Sinks and a window that hold as many slots after ``tokens`` as ``config``, and nothing in between."""
-    return replace(config, keep_ratio=None, top_k=0, lag_size=_window(config.geometry, tokens), equal_bytes_at=None)
+    lag = _window(config.geometry, tokens, even)
+    return replace(config, keep_ratio=None, top_k=0, lag_size=lag, equal_bytes_at=None)
 
 
 @functools.lru_cache(maxsize=64)
-def _window(geometry: Geometry, tokens: int) -> int:
-    """Lag of a window alone, K = 0, that holds as many slots after ``tokens`` as ``geometry``; the widest where several
-    come as close."""
+def _window(geometry: Geometry, tokens: int, even: bool) -> int:
+    """Lag of a window alone, K = 0, that holds as many slots after ``tokens`` as ``geometry``, the widest where several
+    come as close. A window's slots rise from S + lag to S + 2 lag and fall again, so that with ``even`` it is the one
+    that comes closest there and, as well, in the mean of its last rise."""
     wanted = geometry.slots(tokens)
-
-    def distance(lag: int) -> tuple[int, int]:
-        return abs(replace(geometry, lag=lag, kept=0, chunk=lag).slots(tokens) - wanted), -lag
-
-    return min(range(1, tokens + 1), key=distance)
+    away = {
+        lag: float(abs(replace(geometry, lag=lag, kept=0, chunk=lag).slots(tokens) - wanted))
+        for lag in range(1, tokens + 1)
+    }
+    if even:
+        rise = range(max(1, tokens - geometry.lag + 1), tokens + 1)
+        mean = sum(geometry.slots(t) for t in rise) / len(rise)
+        away = {lag: distance + abs(geometry.sink + 1.5 * lag - 0.5 - mean) for lag, distance in away.items()}
+    least = min(away.values())
+    return max(lag for lag, distance in away.items() if distance == least)
 
 
 def concentrated(mean: int, most: int, wanted: int, layers: int) -> tuple[int, int]:

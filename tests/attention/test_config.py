@@ -271,7 +271,9 @@ def test_a_hybrid_of_full_and_window_layers_holds_the_bytes_of_a_concentrated_bu
         assert (one is None) == (other is None), "the same layers are dense"
         if one is not None:
             assert one.top_k == 0 and one.lag_size > 128 and (one.budget, one.equal_bytes_at) == ("uniform", None)
-            assert one.geometry.slots(4096) == other.geometry.slots(4096)
+            assert one.geometry.slots(4096) == pytest.approx(other.geometry.slots(4096), rel=0.03)
+            mean, wanted = (sum(x.geometry.slots(t) for t in range(3072, 4097)) / 1025 for x in (one, other))
+            assert mean == pytest.approx(wanted, rel=0.12), "where a window's rise and fall happens to stand at 4096"
         assert hybrid.alone(index, 30).for_layer(index) == one
     window = next(filter(None, (hybrid.for_layer(index, 30) for index in range(30)))).lag_size
     assert hybrid.spread(30).endswith(f"), the others hold sinks and windows of {window} tokens")
