@@ -75,14 +75,27 @@ class Layout(NamedTuple):
     again: tuple[int, ...]
 
 
+def compressed_partitions(row, *, lag, chunk):
+    """How many partitions a row sees compressed. Plain arithmetic, for tensors and for what CuTe compiles alike, whose
+    quotients of negative numbers are others."""
+    first = -(-2 * lag // chunk) * chunk - 2 * lag  # of the rows' grid of chunks, which begins at row 2L
+    before = -(-first // lag) + 1
+    compressed = ((row + first) // chunk * chunk - first + before * lag) // lag - before - 1
+    return compressed * ((compressed + 2**20) // 2**20)  # not below 0, as it comes out before the first compression
+
+
+def first_row_of(count, *, lag, chunk):
+    """The first row that sees ``count`` partitions compressed, of at least one; plain arithmetic too."""
+    first = -(-2 * lag // chunk) * chunk - 2 * lag
+    return ((count + 1) * lag + first + chunk - 1) // chunk * chunk - first
+
+
 def visible(row, column, *, lag, chunk, sink, kept, raw_offset, skipped):
-    """Whether a row sees a key. Plain arithmetic, for tensors and for what CuTe compiles alike.
+    """Whether a row sees a key; plain arithmetic too.
 
     All but the last line is a row's alone, of which a kernel's thread has two in 64 pairs: three comparisons a pair.
     """
-    first = -(-2 * lag // chunk) * chunk - 2 * lag  # of the rows' grid of chunks, which begins at row 2L
-    compressed = ((row + first) // chunk * chunk - first) // lag - 1
-    compressed = compressed * (1 + compressed // 2**20)  # not below 0, as it comes out before the first compression
+    compressed = compressed_partitions(row, lag=lag, chunk=chunk)
     seen = skipped + sink + compressed * kept
     raw = skipped + raw_offset
     return (column < seen) | ((column >= raw + compressed * lag) & (column <= raw + row))
@@ -93,10 +106,20 @@ WALK = Walk()
 
 @functools.lru_cache(maxsize=512)  # a pyramid of 36 layers has as many, for each compression
 def layout(
-    geometry: Geometry, tokens: int, device: torch.device, walk: Walk, heads: float, query_block: int = KEY_BLOCK
+    geometry: Geometry,
+    tokens: int,
+    device: torch.device,
+    walk: Walk,
+    heads: float,
+    query_block: int = KEY_BLOCK,
+    group: int = 1,
 ) -> Layout:
-    """Of ``tokens`` tokens, of which some query sees some compressed; ``heads``: query heads, of all rows of a batch,
-    for each processor of the device."""
+    """Of ``tokens`` tokens, of which some query sees some compressed.
+
+    Args:
+        heads: query heads, of all rows of a batch, for each processor of the device.
+        group: query heads whose rows of blocks stand one after the other in the backward pass' lists.
+    """
     rows, sink = tokens - geometry.sink, geometry.sink
     edges = _edges(geometry, rows, query_block)
     used = sink + geometry.selected_partitions(tokens) * geometry.kept
@@ -107,7 +130,7 @@ def layout(
     if window is None:
         pairs = int(sum(counts.sum() for counts in (forward.partial_count, forward.full_count)))
         window = _window(pairs * heads, len(edges.first_row))
-    backward, again = _backward(edges, query_block, buffer, raw, window, walk.descending)
+    backward, again = _backward(edges, query_block, buffer, raw, window, walk, group)
     return Layout(
         length=(buffer + raw) * KEY_BLOCK,
         query_block=query_block,
@@ -161,23 +184,30 @@ def _forward(edges: _Edges, buffer: int) -> Lists:
 
 
 def _backward(
-    edges: _Edges, query_block: int, buffer: int, raw: int, window: int, descending: bool
+    edges: _Edges, query_block: int, buffer: int, raw: int, window: int, walk: Walk, group: int
 ) -> tuple[Lists, tuple[int, ...]]:
     """The transpose: columns of the buffer, which once they are full stay full, then those of the raw keys.
 
     A column that is cut keeps its first piece, with all its blocks that need a mask; the others stand in front, window
-    by window, so that the long ones are begun first.
+    by window, so that the long ones are begun first. Of further heads of a group all that needs no mask stands there.
     """
     count = len(edges.first_row)
     key = torch.arange(buffer) * KEY_BLOCK
     seen = torch.searchsorted(edges.most_kept, key, right=True)
     full = torch.searchsorted(edges.least_kept, key + KEY_BLOCK)
     stop = torch.full_like(seen, count)
+    width = window or count
     if window:
         stop = (-(-torch.maximum(full, seen + 1) // window) * window).clamp(max=count)
-    cut = [(begin, int((stop <= begin).sum())) for begin in range(window, count, window)] if window else []
-    pieces = [torch.full((columns,), begin) for begin, columns in cut]
-    begins = torch.cat([*pieces, key[:0]])
+    # Head, first block and number of columns of each piece in front.
+    cut = [(0, begin, int((stop <= begin).sum())) for begin in range(width, count, width)]
+    for head in range(1, group):
+        cut += [(head, begin, int((full < min(begin + width, count)).sum())) for begin in range(0, count, width)]
+    cut = [piece for piece in cut if piece[2]]
+    none = key[:0]
+    starts = torch.cat([none, *(torch.maximum(full[:n], none.new_tensor(b)) + head * count for head, b, n in cut)])
+    stops = torch.cat([none, *(none.new_full((n,), min(b + width, count) + head * count) for head, b, n in cut)])
+    front = torch.zeros_like(starts)
 
     key = torch.arange(raw) * KEY_BLOCK
     begin = key // query_block
@@ -185,15 +215,17 @@ def _backward(
     whole = (-(-(key + KEY_BLOCK - 1) // query_block)).clamp(begin, end)
     masked = torch.searchsorted(edges.last_raw, key, right=True).clamp(whole, end)
 
-    none = torch.zeros_like(begins)
-    partial_ranges = (
-        (torch.cat([none, seen, begin]), torch.cat([none, full, whole])),
-        (torch.cat([none, full, masked]), torch.cat([none, full, end])),
-    )
-    full_starts = torch.cat([begins, full, whole])
-    full_stops = torch.cat([(begins + window).clamp(max=count), stop, masked])
-    lists = *_listed(partial_ranges, descending), *_listed(((full_starts, full_stops),), descending)
-    return Lists(*lists), tuple(columns * KEY_BLOCK for _, columns in cut if columns)
+    partial_ranges, full_ranges = [], []
+    for head in range(group):
+        before, first = head * count, head == 0
+        partial_ranges += [
+            (torch.cat([front, seen + before, begin + before]), torch.cat([front, full + before, whole + before])),
+            (torch.cat([front, full + before, masked + before]), torch.cat([front, full + before, end + before])),
+        ]
+        own = (starts, full, stops, stop) if first else (front, full + before, front, full + before)
+        full_ranges.append((torch.cat([*own[:2], whole + before]), torch.cat([*own[2:], masked + before])))
+    lists = *_listed(tuple(partial_ranges), walk.descending), *_listed(tuple(full_ranges), walk.descending)
+    return Lists(*lists), tuple(columns * KEY_BLOCK for _, _, columns in cut)
 
 
 def _listed(ranges: tuple[tuple[Tensor, Tensor], ...], descending: bool = False) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ import functools
 import importlib
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from packaging.version import Version
@@ -78,26 +79,40 @@ def attend(
 ) -> Tensor:
     """``query [B, Hq, T, D]``, ``key``/``value`` ``[B, H, T, D]``, ``index [B, H, P * K]`` of at least one partition,
     ``gate`` likewise, a factor of the kept values -> ``[B, Hq, T, D]``. ``walk``: of the backward pass."""
-    layout = layout_of(query, geometry, walk)
+    layout = layout_of(query, geometry, walk, query.shape[1] // key.shape[1])
     return Attention.apply(query, key, value, index, gate, layout, scale)
 
 
-def layout_of(query: Tensor, geometry: Geometry, walk: Walk = WALK) -> Layout:
-    """What the kernels are told for ``query [B, Hq, T, D]``."""
-    query_block, processors = _device(query.device)
-    heads = query.shape[0] * query.shape[1] / processors
-    return blocks.layout(geometry, query.shape[2], query.device, walk, heads, query_block)
+def layout_of(query: Tensor, geometry: Geometry, walk: Walk = WALK, group: int = 1) -> Layout:
+    """What the kernels are told for ``query [B, Hq, T, D]``, of which ``group`` heads share a key."""
+    chip = _chip(query.device)
+    heads = query.shape[0] * query.shape[1] / chip.processors
+    group = group if chip.hopper else 1  # elsewhere the library's kernels take a head at a time
+    return blocks.layout(geometry, query.shape[2], query.device, walk, heads, chip.query_block, group)
 
 
-def _device(device: torch.device) -> tuple[int, int]:
-    """Queries a block of the forward kernel, and processors."""
+class Chip(NamedTuple):
+    """``query_block``: queries a block of the forward kernel; ``hopper``: it runs our kernels there."""
+
+    query_block: int
+    processors: int
+    hopper: bool
+
+
+def _chip(device: torch.device) -> Chip:
     properties = torch.cuda.get_device_properties(device)
-    return (128 if properties.major == 9 else 256), properties.multi_processor_count
+    hopper = properties.major == 9
+    return Chip(128 if hopper else 256, properties.multi_processor_count, hopper)
 
 
 def kernels() -> ModuleType:
     """`lrsa.attention.flash4_kernels`, which can be imported where there is no `obstacle`."""
     return importlib.import_module("lrsa.attention.flash4_kernels")
+
+
+def hopper_kernels() -> ModuleType:
+    """`lrsa.attention.hopper`, likewise."""
+    return importlib.import_module("lrsa.attention.hopper")
 
 
 class Attention(torch.autograd.Function):
@@ -107,10 +122,10 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, index, gate, layout, scale):
         sink = layout.mask.sink
-        made = rows.gather(key, value, index, plan_of(key, index, layout), gate)
+        plan = plan_of(key, index, layout)
         out = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format)  # [B, T, Hq, D], as theirs
-        log_sum = kernels().forward(
-            query.transpose(1, 2)[:, sink:], *(x.transpose(1, 2) for x in made), out[:, sink:], layout, scale,
+        log_sum = _forward(
+            query.transpose(1, 2)[:, sink:], key, value, index, gate, plan, out[:, sink:], layout, scale,
             with_log_sum=any(ctx.needs_input_grad),
         )  # fmt: skip
         out = out.transpose(1, 2)
@@ -130,7 +145,7 @@ class Attention(torch.autograd.Function):
         ours = (x.transpose(1, 2)[:, sink:] for x in (query, out, grad_out, grad_query))
         plan = plan_of(key, index, layout, layout.again)
         made = rows.gather(key, value, index, plan, gate)
-        kernels().backward(*ours, *(x.transpose(1, 2) for x in made), log_sum, layout, ctx.scale)
+        _backward(*ours, *(x.transpose(1, 2) for x in made), log_sum, layout, ctx.scale)
         grad_key, grad_value, grad_gate = rows.scatter(*made, key, value, index, plan, gate)
         if sink:
             grad, q, k, v = (x[:, :, :sink] for x in (grad_out, query, key, value))
@@ -139,6 +154,21 @@ class Attention(torch.autograd.Function):
             grad_key[:, :, :sink] += grad_k
             grad_value[:, :, :sink] += grad_v
         return grad_query, grad_key, grad_value, None, grad_gate, None, None
+
+
+def _forward(query, key, value, index, gate, plan, out, layout, scale, *, with_log_sum):
+    """Of ``query [B, R, Hq, D]`` into ``out``; what Hopper's kernel reads raw is not copied."""
+    if _chip(query.device).hopper:
+        buffer = [x.transpose(1, 2) for x in rows.gather(key, value, index, plan.without_raw(), gate)]
+        raw = [x[:, :, plan.raw_start :].transpose(1, 2) for x in (key, value)]
+        return hopper_kernels().forward(query, buffer, raw, out, layout, scale, with_log_sum=with_log_sum)
+    made = (x.transpose(1, 2) for x in rows.gather(key, value, index, plan, gate))
+    return kernels().forward(query, *made, out, layout, scale, with_log_sum=with_log_sum)
+
+
+def _backward(query, *arguments):
+    of_chip = hopper_kernels() if _chip(query.device).hopper else kernels()
+    return of_chip.backward(query, *arguments)
 
 
 def plan_of(key: Tensor, index: Tensor, layout: Layout, again: tuple[int, ...] = ()) -> Plan:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import cutlass
 import torch
@@ -66,7 +67,7 @@ def _lists(lists: Lists, layout: Layout) -> BlockSparseTensorsTorch:
     return BlockSparseTensorsTorch(*lists, block_size=(layout.query_block, KEY_BLOCK))
 
 
-def mask_arguments(mask: Mask) -> dict[str, object]:
+def mask_arguments(mask: Mask) -> dict[str, Any]:
     """Lag and chunk are compiled in, for a division by a number that is known costs little; the rest are arguments, so
     that another length or another K is no other kernel."""
     numbers = mask.sink, mask.kept, mask.raw_offset, mask.skipped

@@ -48,6 +48,10 @@ class Plan(NamedTuple):
         """Rows of the buffer that hold a token."""
         return self.sink + self.partitions * self.kept
 
+    def without_raw(self) -> Plan:
+        """The buffer alone: for a kernel that reads raw keys where they are."""
+        return self._replace(length=self.raw_offset)
+
 
 def gather(key: Tensor, value: Tensor, index: Tensor, plan: Plan, gate: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """``[B, H, T, D]`` each, ``index [B, H, P * K]`` ascending -> ``[B, H, sum(again) + N, D]`` each.
@@ -86,7 +90,8 @@ def scatter(
 def gather_one(x: Tensor, index: Tensor, plan: Plan, gate: Tensor | None = None) -> Tensor:
     """`gather` of one of them, in PyTorch."""
     batch, heads, _, dim = x.shape
-    kept, raw = x.gather(2, _expand(index, dim)), x[:, :, plan.raw_start :]
+    kept = x.gather(2, _expand(index, dim))
+    raw = x[:, :, plan.raw_start :] if plan.length > plan.raw_offset else x[:, :, :0]
     if gate is not None:
         kept = kept * gate[..., None].to(x.dtype)
     gap = x.new_zeros((batch, heads, plan.raw_offset - plan.used, dim))

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from lrsa.attention import fused
 
-TILE = 8192  # numbers that a program of the ranges holds at once; one of the deviations, half of it
+TILE = 4096  # numbers that a program holds at once
+SHORT = 256  # tokens of a lag up to which a single warp finds its ranges: beyond, too few programs would be too slow
 
 
 @triton.jit(do_not_specialize=["partitions", "begin"])
@@ -172,14 +173,17 @@ def deviations(
         return out
     dim_tile = triton.next_power_of_2(dim)
     longest = triton.next_power_of_2(length)
+    range_rows, warps = (TILE // 2, 1) if length <= SHORT else (TILE, 4)
     strides = *key.stride()[:3], *value.stride()[:3]
-    rows, few = (max(1, min(longest, tile // dim_tile)) for tile in (TILE, TILE // 2))
-    blocks = triton.cdiv(length, few)
+    range_rows, rows = (max(1, min(longest, tile // dim_tile)) for tile in (range_rows, TILE))
+    blocks = triton.cdiv(length, rows)
     shape = {"HEADS": heads, "LENGTH": length, "DIM": dim, "DIM_TILE": dim_tile}
     with fused.on(key.device):
-        _range_of_lag[(count, kinds)](key, value, ranges, partitions, begin, *strides, **shape, ROWS=rows, num_warps=8)
+        _range_of_lag[(count, kinds)](
+            key, value, ranges, partitions, begin, *strides, **shape, ROWS=range_rows, num_warps=warps
+        )
         _deviation[(count * blocks, kinds)](
-            key, value, ranges, out, partitions, begin, *strides, **shape, ROWS=few, BLOCKS=blocks, num_warps=4
+            key, value, ranges, out, partitions, begin, *strides, **shape, ROWS=rows, BLOCKS=blocks, num_warps=4
         )
     return out
 

@@ -1,9 +1,11 @@
 """A slow stand-in for flash-attn-4 on any device and dtype: it reads the very lists and the mask that the kernels get,
-and computes what they list, block by block. The functions are those of `lrsa.attention.flash4_kernels`."""
+and computes what they list, block by block. The functions are those of `lrsa.attention.flash4_kernels`, and in `HOPPER`
+those of `lrsa.attention.hopper`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -44,10 +46,21 @@ def pairs_forward(layout: Layout, rows: int) -> Tensor:
     return computed(layout.forward, layout.mask, layout.query_block, KEY_BLOCK, rows, layout.length, False)
 
 
-def pairs_backward(layout: Layout, rows: int) -> Tensor:
-    """``[rows, pieces + keys]``."""
+def pairs_backward(layout: Layout, rows: int, head: int = 0) -> Tensor:
+    """``[rows, pieces + keys]``, of one head of a group."""
     keys = layout.mask_backward.skipped + layout.length
-    return computed(layout.backward, layout.mask_backward, KEY_BLOCK, layout.query_block, rows, keys, True)
+    lists = of_head(layout.backward, head, -(-rows // layout.query_block))
+    return computed(lists, layout.mask_backward, KEY_BLOCK, layout.query_block, rows, keys, True)
+
+
+def of_head(lists: Lists, head: int, count: int) -> Lists:
+    """One head's part of the lists of a group, whose heads have ``count`` blocks of queries each."""
+    found = []
+    for counts, index in (lists[:2], lists[2:]):
+        mine = (torch.arange(index.shape[3]) < counts[..., None]) & (index // count == head)
+        order = mine.int().sort(dim=-1, descending=True, stable=True).indices
+        found += [mine.sum(-1, dtype=torch.int32), (index % count).gather(-1, order)]
+    return Lists(*found)
 
 
 def forward(
@@ -92,6 +105,53 @@ def backward(
     grad_query.copy_(grad_q.flatten(1, 2).transpose(1, 2))
     key.copy_(grad_k[:, :, 0].transpose(1, 2))
     value.copy_(grad_v[:, :, 0].transpose(1, 2))
+
+
+def hopper_forward(
+    query: Tensor,
+    buffer: tuple[Tensor, Tensor],
+    raw: tuple[Tensor, Tensor],
+    out: Tensor,
+    layout: Layout,
+    scale: float,
+    *,
+    with_log_sum: bool,
+) -> Tensor | None:
+    """As `lrsa.attention.hopper.forward`: raw keys are not in the buffer, and what is beyond them reads as zeros."""
+    rows = []
+    for kept, rest in zip(buffer, raw, strict=True):
+        assert kept.shape[1] == layout.mask.raw_offset
+        tail = rest.new_zeros((len(rest), layout.length - kept.shape[1] - rest.shape[1], *rest.shape[2:]))
+        rows.append(torch.cat([kept, rest, tail], 1))
+    return forward(query, *rows, out, layout, scale, with_log_sum=with_log_sum)
+
+
+def hopper_backward(
+    query: Tensor,
+    out: Tensor,
+    grad_out: Tensor,
+    grad_query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_sum: Tensor,
+    layout: Layout,
+    scale: float,
+) -> None:
+    """As `lrsa.attention.hopper.backward`: the lists hold a group's heads one after the other."""
+    heads, count = key.shape[2], -(-query.shape[1] // layout.query_block)
+    sums = [torch.zeros_like(key), torch.zeros_like(value)]
+    for head in range(query.shape[2] // heads):
+        q, o, do, grad_q = (x.unflatten(2, (heads, -1))[:, :, :, head] for x in (query, out, grad_out, grad_query))
+        made = [key.clone(), value.clone()]
+        lists = layout._replace(backward=of_head(layout.backward, head, count))
+        backward(q, o, do, grad_q, *made, log_sum.unflatten(1, (heads, -1))[:, :, head], lists, scale)
+        for total, one in zip(sums, made, strict=True):
+            total += one
+    key.copy_(sums[0])
+    value.copy_(sums[1])
+
+
+HOPPER = SimpleNamespace(forward=hopper_forward, backward=hopper_backward)
 
 
 def _logits(q: Tensor, k: Tensor, pairs: Tensor, scale: float) -> Tensor:

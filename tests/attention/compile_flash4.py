@@ -1,6 +1,7 @@
 """`python -m tests.attention.compile_flash4`: flash-attn-4's Hopper kernels with our mask and lists, without a GPU.
 
-Tensors are fake, so that nothing but the compiler runs. Prints how many forward and backward kernels there are.
+Tensors are fake, so that nothing but the compiler runs. Prints how many forward and backward kernels there are, the
+library's and ours.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lrsa.attention import blocks, flash4_kernels
 from lrsa.attention.blocks import Lists, Walk
+from lrsa.attention.hopper import backward, forward, launch
 from lrsa.attention.layout import Geometry
 
 
@@ -24,6 +26,7 @@ def compile_both(shape: tuple[int, int, int, int, int], rule: tuple[int, int, in
     batch, query_heads, heads, tokens, dim = shape
     sink = rule[0]
     found = blocks.layout(Geometry(*rule), tokens, torch.device("cpu"), walk, 1.0)
+    grouped = blocks.layout(Geometry(*rule), tokens, torch.device("cpu"), walk, 1.0, group=query_heads // heads)
 
     def fake(lists: Lists) -> Lists:
         return Lists(*(torch.empty(x.shape, dtype=x.dtype, device="cuda") for x in lists))
@@ -41,6 +44,11 @@ def compile_both(shape: tuple[int, int, int, int, int], rule: tuple[int, int, in
         query, out, grad_out, grad_query = (queries() for _ in range(4))
         rows, pieces = keys(layout.length), keys(layout.length + layout.mask_backward.skipped)
         log_sum = flash4_kernels.forward(query, rows, rows, out, layout, 0.1, with_log_sum=True)
+        buffer, raw = keys(layout.mask.raw_offset), keys(tokens - sink)
+        forward(query, (buffer, buffer), (raw, raw), out, layout, 0.1, with_log_sum=True)
+        grouped = grouped._replace(backward=fake(grouped.backward))
+        more = keys(grouped.length + grouped.mask_backward.skipped)
+        backward(query, out, grad_out, grad_query, more, more, log_sum, grouped, 0.1)
         flash4_kernels.backward(query, out, grad_out, grad_query, pieces, pieces, log_sum, layout, 0.1)
 
 
@@ -52,4 +60,5 @@ if __name__ == "__main__":
         ((1, 32, 8, 1700, 128), (16, 128, 16, 128), Walk(2, False)),
     ]:
         compile_both(shape, rule, walk)
-    print(*(len(f.compile_cache.cache) for f in (_flash_attn_fwd, _flash_attn_bwd)))
+    caches = _flash_attn_fwd.compile_cache, _flash_attn_bwd.compile_cache, *map(launch.cache, launch.NAMES)
+    print(*(len(cache.cache) for cache in caches))

@@ -122,6 +122,65 @@ def test_the_lists_are_the_rule_for_random_geometries(data):
         assert_lists(geometry, tokens, data.draw(st.sampled_from(list(WALKS.values())), "walk"))
 
 
+@pytest.mark.parametrize("group", [2, 3])
+@pytest.mark.parametrize("walk", [Walk(0), Walk(2), Walk(1, False)], ids=["whole", "cut-2", "cut-1-first-first"])
+@pytest.mark.parametrize(("geometry", "tokens"), GEOMETRIES.values(), ids=GEOMETRIES)
+def test_each_head_of_a_group_has_the_same_pairs(geometry, tokens, walk, group):
+    """The heads' blocks stand one after the other, and all that needs a mask is in the buffer's own columns."""
+    rows = tokens - geometry.sink
+    single = layout_of(geometry, tokens, walk, 128)
+    grouped = blocks.layout(geometry, tokens, CPU, walk, 1.0, 128, group)
+    expected, count = pairs_forward(single, rows), -(-rows // 128)
+    pieces = [torch.arange(n) for n in grouped.again]
+    again = torch.cat([*pieces, torch.arange(grouped.length)])
+    assert len(again) == grouped.mask_backward.skipped + grouped.length
+    for head in range(group):
+        pairs = pairs_backward(grouped, rows, head)
+        assert torch.equal(torch.zeros_like(expected).index_add_(1, again, pairs), expected)
+    listed_blocks = grouped.backward.full_index.max() if grouped.backward.full_count.any() else 0
+    assert listed_blocks < group * count
+    in_front = grouped.mask_backward.skipped // KEY_BLOCK
+    assert not grouped.backward.partial_count[..., :in_front].any()
+    columns = grouped.backward.partial_count + grouped.backward.full_count
+    assert (columns > 0).all(), "a column of nothing"
+
+
+@pytest.mark.parametrize(("lag", "chunk"), [(3, 3), (7, 20), (64, 64), (96, 50), (128, 256), (128, 1), (1, 1)])
+def test_closed_forms_of_what_is_compressed(lag, chunk):
+    row = torch.arange(3000)
+    found = blocks.compressed_partitions(row, lag=lag, chunk=chunk)
+    geometry = Geometry(0, lag, 0, chunk)
+    assert found.tolist() == [geometry.compressed(geometry.chunk_start(r)) for r in row.tolist()]
+    for count in range(1, int(found.max()) + 1):
+        first = int((found >= count).nonzero()[0])
+        assert blocks.first_row_of(count, lag=lag, chunk=chunk) == first
+
+
+def test_closed_forms_need_no_quotient_of_a_negative_number():
+    """CuTe's quotients of numbers are those of C, rounded to zero, where Python's are rounded down."""
+
+    class Natural(int):
+        """An integer that is not divided while it is negative."""
+
+        def __floordiv__(self, other):
+            assert self >= 0 and other > 0
+            return Natural(int(self) // int(other))
+
+        def __add__(self, other):
+            return Natural(int(self) + int(other))
+
+        def __sub__(self, other):
+            return Natural(int(self) - int(other))
+
+        def __mul__(self, other):
+            return Natural(int(self) * int(other))
+
+    for lag, chunk in ((3, 3), (7, 20), (96, 50), (128, 256), (1, 1)):
+        for row in range(700):
+            found = blocks.compressed_partitions(Natural(row), lag=lag, chunk=chunk)
+            assert found == int(blocks.compressed_partitions(torch.tensor(row), lag=lag, chunk=chunk)) >= 0
+
+
 def test_aligned_partitions_need_a_mask_on_the_diagonal_alone():
     """What leaving out the sinks from the rows is for: C = L, whole blocks, kept tokens that fill blocks."""
     layout = layout_of(Geometry(0, 256, 128, 256), 4096, Walk(0), 128)

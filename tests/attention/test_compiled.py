@@ -36,7 +36,7 @@ def _fresh() -> Iterator[None]:
 def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """The GPU's backends on the CPU: FlexAttention by its slow definition, flash-attn-4's kernels by a stand-in."""
     monkeypatch.setattr(flash4, "kernels", lambda: block_sparse)
-    monkeypatch.setattr(flash4, "_device", lambda device: (128, 132))
+    monkeypatch.setattr(flash4, "_chip", lambda device: flash4.Chip(128, 132, False))
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)  # which refuses a gradient here
     monkeypatch.setattr(flex, "_compiled", lambda: flex._fused)
 

@@ -54,10 +54,11 @@ def config_of(rule: tuple[int, int, int, int], **options) -> SparseAttentionConf
     return SparseAttentionConfig(sink_size=sink, lag_size=lag, top_k=kept, chunk_size=chunk, **options)
 
 
-@pytest.fixture
-def stand_in(monkeypatch):
+@pytest.fixture(params=[True, False], ids=["hopper", "elsewhere"])
+def stand_in(monkeypatch, request):
     monkeypatch.setattr(flash4, "kernels", lambda: block_sparse)
-    monkeypatch.setattr(flash4, "_device", lambda device: (128, 132))
+    monkeypatch.setattr(flash4, "hopper_kernels", lambda: block_sparse.HOPPER)
+    monkeypatch.setattr(flash4, "_chip", lambda device: flash4.Chip(128, 132, request.param))
 
 
 def runner(config: SparseAttentionConfig, kept: Tensor, walk: Walk = blocks.WALK, scale: float = 0.2):
@@ -91,7 +92,7 @@ def test_equals_the_mask_form_forward_and_gradients(shape, rule, walk, stand_in)
 def test_blocks_of_256_queries(monkeypatch):
     """As Blackwell's forward kernel wants them."""
     monkeypatch.setattr(flash4, "kernels", lambda: block_sparse)
-    monkeypatch.setattr(flash4, "_device", lambda device: (256, 148))
+    monkeypatch.setattr(flash4, "_chip", lambda device: flash4.Chip(256, 148, False))
     test_equals_the_mask_form_forward_and_gradients((1, 4, 2, 777, 16), (16, 128, 32, 128), Walk(1), None)
 
 
@@ -269,12 +270,13 @@ def test_the_mask_as_cute_compiles_it(rule):
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("cutlass") is None, reason="needs flash-attn-4's compiler")
 def test_the_kernels_compile_and_are_shared_by_lengths_and_compressions():
-    """Without a GPU, for Hopper: two geometries of one head size and lag are one pair of kernels."""
+    """Without a GPU, for Hopper: two geometries of one head size and lag are one pair of kernels, the library's alone
+    and ours."""
     command = [sys.executable, "-W", "ignore", "-m", "tests.attention.compile_flash4"]
     root = Path(__file__).parents[2]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(root)})
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["2", "2"]
+    assert done.stdout.split() == ["2", "2", "2", "2"]
 
 
 GPU_CASES = {
@@ -319,8 +321,11 @@ def test_kernels_are_as_good_as_naive_low_precision(shape, rule, dtype, walk):
 def test_another_length_and_compression_compile_nothing_anew():
     from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
 
+    from lrsa.attention.hopper import launch
+
     def compiled() -> int:
-        return len(_flash_attn_fwd.compile_cache.cache) + len(_flash_attn_bwd.compile_cache.cache)
+        caches = _flash_attn_fwd.compile_cache, _flash_attn_bwd.compile_cache, *map(launch.cache, launch.NAMES)
+        return sum(len(cache.cache) for cache in caches)
 
     counts = []
     for tokens, kept in ((2000, 32), (3333, 16), (5000, 64)):

@@ -1,0 +1,338 @@
+"""The forward pass on Hopper: flash-attn-4's block-sparse kernel, kept on its processor from tile to tile.
+
+The library launches a program for each tile of 128 queries, and reads keys from one tensor, into which all of them must
+be copied first. Here a processor holds one program, which walks over its tiles: one of its warps loads the next tile's
+first keys while this one ends, raw ones from where they are, another writes what is done.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import cutlass
+import torch
+from cutlass import Int32, const_expr, cute, pipeline
+from cutlass.cute.nvgpu import cpasync
+from flash_attn.cute import utils
+from flash_attn.cute.block_sparsity import BlockSparseTensors
+from flash_attn.cute.cute_dsl_utils import assume_tensor_aligned, get_num_sms_for_selection, to_cute_tensor
+from flash_attn.cute.flash_fwd_sm90 import FlashAttentionForwardSm90
+from flash_attn.cute.testing import is_fake_mode
+from flash_attn.cute.tile_scheduler import SingleTileScheduler
+from flash_attn.cute.utils import AuxData
+from quack import copy_utils, layout_utils
+from torch import Tensor
+
+from lrsa.attention.blocks import KEY_BLOCK, Layout
+from lrsa.attention.hopper.launch import DTYPES, OPTIONS, aligned, broadcast, cached, expanded, on_its_device, stream
+from lrsa.attention.hopper.mask import BlockMask
+from lrsa.attention.hopper.tiles import OnGrid, Snake
+
+LOAD_WARP, STORE_WARP = 0, 1
+# Barriers by number, of which the library's kernel uses 2 to 4: an output is there, its memory is free for each group.
+WRITTEN, FREE = 1, 5
+
+
+class Forward(FlashAttentionForwardSm90):
+    """The library's kernel over `Snake`'s tiles. Its output has shared memory of its own, beside the queries'.
+
+    It is called as the library's, with raw keys and values as auxiliary tensors, and one scalar more: the blocks of the
+    buffer.
+    """
+
+    def __init__(self, *args: Any, processors: int, mask: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.processors, self.block_mask = processors, mask
+
+    def kernel(self, *args: Any) -> OnGrid:
+        *front, params, scheduler, storage, aux_data, _ = args
+        assert scheduler is SingleTileScheduler, scheduler
+        raw_keys = [
+            self._loaded(assume_tensor_aligned(layout_utils.select(x, [1, 3, 2, 0])), memory, dim)
+            for x, memory, dim in zip(
+                aux_data.tensors, (self.sK_layout, self.sV_layout), (self.tile_hdim, self.tile_hdimv), strict=True
+            )
+        ]
+        atoms, tensors = zip(*raw_keys, strict=True)
+        *scalars, buffered = aux_data.scalars
+        output, store = args[3], args[13]
+        total = params.num_block * params.num_head * params.num_batch
+        programs = cutlass.min(Int32(self.processors), total)
+        own = Snake.Params(
+            params.num_block, params.num_head, total, programs, buffered, output, store, *tensors, *atoms
+        )
+        return OnGrid(super().kernel(*front, own, Snake, storage, AuxData(None, tuple(scalars)), None), programs)
+
+    def _loaded(self, tensor: Any, memory: Any, dim: int) -> Any:
+        operation = cpasync.CopyBulkTensorTileG2SOp()
+        return cpasync.make_tiled_tma_atom(operation, tensor, cute.select(memory, mode=[0, 1]), (self.tile_n, dim), 1)
+
+    def _get_shared_storage_cls(self) -> Any:
+        def memory(count: int) -> Any:
+            return cute.struct.Align[cute.struct.MemRange[self.dtype, count], self.buffer_align_bytes]
+
+        def barriers(count: int) -> Any:
+            return cute.struct.MemRange[cutlass.Int64, count]
+
+        fields = {
+            "mbar_ptr_Q": barriers(2),
+            "mbar_ptr_K": barriers(2 * self.num_stages),
+            "mbar_ptr_V": barriers(2 * self.num_stages),
+            "sV": memory(cute.cosize(self.sV_layout)),
+            "sQ": memory(2 * self.tile_m * self.tile_hdim),
+            "sK": memory(cute.cosize(self.sK_layout)),
+            "sP": memory(0),
+        }
+        return cute.struct(type("Storage", (), {"__annotations__": fields}))
+
+    @property
+    def _free_threads(self) -> int:
+        return self.num_threads_per_warp_group + cute.arch.WARP_SIZE
+
+    @property
+    def _written_threads(self) -> int:
+        return self.num_mma_threads + cute.arch.WARP_SIZE
+
+    def _output_memory(self, query_memory: cute.Tensor) -> cute.Tensor:
+        """Behind the queries', of the same arrangement, for keys and values have one head dimension."""
+        return cute.make_tensor(query_memory.iterator + self.tile_m * self.tile_hdim, query_memory.layout)
+
+    @cute.jit
+    def load(
+        self,
+        mQ,
+        mK,
+        mV,
+        sQ,
+        sK,
+        sV,
+        tma_atom_Q,
+        tma_atom_K,
+        tma_atom_V,
+        pipeline_k,
+        pipeline_v,
+        pipeline_q,
+        gmem_tiled_copy_Q,
+        mPageTable,
+        blocksparse_tensors,
+        block_info,
+        SeqlenInfoCls,
+        TileSchedulerCls,
+    ):
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        if warp == LOAD_WARP:
+            self.load_tiles(
+                mQ, mK, mV, sQ, sK, sV, tma_atom_Q, tma_atom_K, tma_atom_V, pipeline_k, pipeline_v, pipeline_q,
+                blocksparse_tensors, TileSchedulerCls,
+            )  # fmt: skip
+        if warp == STORE_WARP:
+            self.store_tiles(self._output_memory(sQ), TileSchedulerCls)
+
+    @cute.jit
+    def load_tiles(
+        self,
+        mQ,
+        mK,
+        mV,
+        sQ,
+        sK,
+        sV,
+        tma_atom_Q,
+        tma_atom_K,
+        tma_atom_V,
+        pipeline_k,
+        pipeline_v,
+        pipeline_q,
+        lists,
+        TileSchedulerCls,
+    ):
+        """Keys of the tile's first block, queries, then each block's keys before the values of the one before it."""
+        one = cute.make_layout(1)
+        phase = Int32(1)
+        state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.num_stages)
+        tiles = TileSchedulerCls()
+        extra = tiles.params
+        work = tiles.initial_work_tile_info()
+        while work.is_valid_tile:
+            tile, head, row, _ = work.tile_idx
+            head_kv = head // self.qhead_per_kvhead
+            key_tile, value_tile = (self.tile_n, self.tile_hdim), (self.tile_n, self.tile_hdimv)
+            gQ = cute.local_tile(mQ[None, None, head, row], (self.tile_m, self.tile_hdim), (tile, 0))
+            gK = cute.local_tile(mK[None, None, head_kv, row], key_tile, (None, 0))
+            gV = cute.local_tile(mV[None, None, head_kv, row], value_tile, (None, 0))
+            raw_K = cute.local_tile(extra.raw_key[None, None, head_kv, row], key_tile, (None, 0))
+            raw_V = cute.local_tile(extra.raw_value[None, None, head_kv, row], value_tile, (None, 0))
+            load_Q, _, _ = copy_utils.tma_get_copy_fn(tma_atom_Q, 0, one, gQ, sQ, single_stage=True)
+            load_K, _, _ = copy_utils.tma_get_copy_fn(tma_atom_K, 0, one, gK, sK)
+            load_V, _, _ = copy_utils.tma_get_copy_fn(tma_atom_V, 0, one, gV, sV)
+            load_raw_K, _, _ = copy_utils.tma_get_copy_fn(extra.load_raw_key, 0, one, raw_K, sK)
+            load_raw_V, _, _ = copy_utils.tma_get_copy_fn(extra.load_raw_value, 0, one, raw_V, sV)
+            keys = tuple(copy_utils.tma_producer_copy_fn(f, pipeline_k) for f in (load_K, load_raw_K))
+            values = tuple(copy_utils.tma_producer_copy_fn(f, pipeline_v) for f in (load_V, load_raw_V))
+
+            masked = lists.mask_block_cnt[row, head, tile]
+            count = masked + lists.full_block_cnt[row, head, tile]
+            masked_index = lists.mask_block_idx[row, head, tile, None]
+            full_index = lists.full_block_idx[row, head, tile, None]
+            block = masked_index[masked - 1]  # there is one: a tile sees no more than itself of its own keys
+            pipeline_k.producer_acquire(state)
+            self.load_block(keys, block, extra.buffered, state)
+            pipeline_q.producer_acquire_w_index_phase(0, phase)
+            load_Q(tma_bar_ptr=pipeline_q.sync_object_full.get_barrier(0))
+            phase ^= 1
+            for place in cutlass.range(1, count, unroll=1):
+                following = Int32(0)
+                if place < masked:
+                    following = masked_index[masked - 1 - place]
+                else:
+                    following = full_index[count - 1 - place]
+                before = state.clone()
+                state.advance()
+                pipeline_k.producer_acquire(state)
+                self.load_block(keys, following, extra.buffered, state)
+                pipeline_v.producer_acquire(before)
+                self.load_block(values, block, extra.buffered, before)
+                block = following
+            pipeline_v.producer_acquire(state)
+            self.load_block(values, block, extra.buffered, state)
+            state.advance()
+            tiles.advance_to_next_work()
+            work = tiles.get_current_work()
+        pipeline_v.producer_tail(state)
+
+    @cute.jit
+    def load_block(self, loads, block, buffered, state):
+        if block < buffered:
+            loads[0](src_idx=block, producer_state=state)
+        else:
+            loads[1](src_idx=block - buffered, producer_state=state)
+
+    @cute.jit
+    def store_tiles(self, sO, TileSchedulerCls):
+        """Each output, as soon as both groups have written it, and the next one when this one has been read."""
+        tiles = TileSchedulerCls()
+        output, atom = tiles.params.output, tiles.params.store
+        work = tiles.initial_work_tile_info()
+        while work.is_valid_tile:
+            tile, head, row, _ = work.tile_idx
+            gO = cute.local_tile(output[None, None, head, row], (self.tile_m, self.tile_hdimv), (tile, 0))
+            store, _, _ = copy_utils.tma_get_copy_fn(atom, 0, cute.make_layout(1), sO, gO, single_stage=True)
+            cute.arch.cp_async_bulk_wait_group(0, read=True)
+            for group in cutlass.range_constexpr(self.num_wg_mma):
+                cute.arch.barrier_arrive(barrier_id=FREE + group, number_of_threads=self._free_threads)
+            cute.arch.barrier(barrier_id=WRITTEN, number_of_threads=self._written_threads)
+            store()
+            cute.arch.cp_async_bulk_commit_group()
+            tiles.advance_to_next_work()
+            work = tiles.get_current_work()
+        cute.arch.cp_async_bulk_wait_group(0, read=True)  # before the program's memory goes
+
+    @cute.jit
+    def mma(self, *args):
+        *front, info, _, tiles, lists, aux_data, fastdiv = args
+        FlashAttentionForwardSm90.mma(self, *front, info, self.block_mask, tiles, lists, aux_data, fastdiv)
+
+    @cute.jit
+    def epilogue(
+        self,
+        acc_O,
+        lse,
+        mO,
+        mLSE,
+        sO,
+        seqlen,
+        gmem_tiled_copy_O,
+        tma_atom_O,
+        tiled_mma,
+        tidx,
+        m_block,
+        head_idx,
+        batch_idx,
+    ):
+        rounded = cute.make_fragment_like(acc_O, self.dtype)
+        rounded.store(acc_O.load().to(self.dtype))
+        group = cute.arch.make_warp_uniform(tidx // self.num_threads_per_warp_group)
+        cute.arch.barrier(barrier_id=FREE + group, number_of_threads=self._free_threads)
+        own = self._output_memory(sO)
+        atom = utils.get_smem_store_atom(90, self.dtype)
+        copy = cute.make_tiled_copy_C(atom, tiled_mma).get_slice(tidx)
+        cute.copy(atom, copy.retile(rounded), copy.partition_D(own))
+        cute.arch.fence_view_async_shared()
+        cute.arch.barrier_arrive(barrier_id=WRITTEN, number_of_threads=self._written_threads)
+        if const_expr(mLSE is not None):
+            rows = cute.make_identity_tensor((self.tile_m, self.tile_hdimv))
+            mine = layout_utils.reshape_acc_to_mn(tiled_mma.get_slice(tidx).partition_C(rows))
+            if mine[0][1] == 0:
+                log_sum = mLSE[None, head_idx, batch_idx]
+                for place in cutlass.range_constexpr(cute.size(mine, mode=[0])):
+                    row = m_block * self.tile_m + mine[place, 0][0]
+                    if row < seqlen.seqlen_q:
+                        log_sum[row] = lse[place]
+
+
+@on_its_device
+def forward(
+    query: Tensor,
+    buffer: Sequence[Tensor],
+    raw: Sequence[Tensor],
+    out: Tensor,
+    layout: Layout,
+    scale: float,
+    *,
+    with_log_sum: bool,
+) -> Tensor | None:
+    """``query [B, R, Hq, D]``; keys and values of the ``buffer`` ``[B, raw_offset, H, D]``, and the ``raw`` ones
+    ``[B, R, H, D]`` from row 0 on; the output is written to ``out``, as ``query``.
+
+    Returns: the logarithm of the sum of each row's weights, ``[B, Hq, R]`` float32, where it is asked for.
+    """
+    batch, rows, heads, dim = query.shape
+    mask = layout.mask
+    raw = [aligned(x) for x in raw]
+    key, value = buffer if mask.raw_offset else raw  # of an empty one there can be no map
+    log_sum = query.new_empty((batch, heads, rows), dtype=torch.float32) if with_log_sum else None
+    numbers = mask.sink, mask.kept, mask.raw_offset, mask.skipped, mask.raw_offset // KEY_BLOCK
+    scalars = tuple(Int32(n) for n in numbers)
+    lists = expanded(layout.forward, batch, heads)
+    tensors = query, key, value, out, *raw
+    processors = get_num_sms_for_selection(query.device.index, 90)
+    kernel = cached(
+        "forward",
+        (query.dtype, dim, heads // key.shape[2], mask.lag, mask.chunk, with_log_sum, rows <= KEY_BLOCK, processors,
+         *broadcast(*tensors, *lists)),
+        functools.partial(_compile, tensors, log_sum, lists, scalars, layout, processors),
+    )  # fmt: skip
+    if not is_fake_mode():
+        kernel(
+            query, key, value, out, log_sum, scale, *[None] * 8, (*lists, *[None] * 4), AuxData([*raw], scalars),
+            None, None,
+        )  # fmt: skip
+    return log_sum
+
+
+def _compile(
+    tensors: tuple[Tensor, ...],
+    log_sum: Tensor | None,
+    lists: tuple[Tensor, ...],
+    scalars: tuple[Int32, ...],
+    layout: Layout,
+    processors: int,
+) -> Any:
+    query, key = tensors[:2]
+    dim, mask = query.shape[-1], layout.mask
+    kernel = Forward(
+        DTYPES[query.dtype], dim, dim, query.shape[2] // key.shape[2], pack_gqa=False, tile_m=KEY_BLOCK,
+        tile_n=KEY_BLOCK, num_stages=2, num_threads=384, mask_mod=BlockMask,
+        processors=processors,
+        mask=functools.partial(
+            BlockMask, tile_m=KEY_BLOCK, tile_n=KEY_BLOCK, transposed=False, lag=mask.lag, chunk=mask.chunk
+        ),
+    )  # fmt: skip
+    *own, raw_key, raw_value = [to_cute_tensor(x) for x in tensors]
+    of_lists = BlockSparseTensors(*(to_cute_tensor(x, assumed_align=4) for x in lists))
+    return cute.compile(
+        kernel, *own, to_cute_tensor(log_sum, assumed_align=4), 1.0, *[None] * 8, of_lists,
+        AuxData([raw_key, raw_value], scalars), None, None, stream(), options=OPTIONS,
+    )  # fmt: skip
