@@ -9,6 +9,7 @@ the row, so that the first and the last row of a block of queries say it all.
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,9 @@ from torch import Tensor
 from lrsa.attention.layout import Geometry
 
 KEY_BLOCK = 128
-TAIL = 1 / 16  # of a processor's work that a single column may be: what others may wait for it at the end
+# Of a processor's work that a single column may be: what others may wait for it at the end. As much as the columns of
+# raw keys are, which are short, where those are the last.
+TAIL = 1 / 16
 SHORTEST_WINDOW = 16  # query blocks; a shorter piece would pay more for its start than it saves
 
 
@@ -112,13 +115,14 @@ def layout(
     walk: Walk,
     heads: float,
     query_block: int = KEY_BLOCK,
-    group: int = 1,
+    group: int | None = None,
 ) -> Layout:
     """Of ``tokens`` tokens, of which some query sees some compressed.
 
     Args:
         heads: query heads, of all rows of a batch, for each processor of the device.
-        group: query heads whose rows of blocks stand one after the other in the backward pass' lists.
+        group: query heads whose rows of blocks stand one after the other in the backward pass' lists, which are then
+            walked through with all columns of raw keys at the end. None: a head at a time, each one's columns in line.
     """
     rows, sink = tokens - geometry.sink, geometry.sink
     edges = _edges(geometry, rows, query_block)
@@ -129,8 +133,10 @@ def layout(
     window = walk.window
     if window is None:
         pairs = int(sum(counts.sum() for counts in (forward.partial_count, forward.full_count)))
-        window = _window(pairs * heads, len(edges.first_row))
-    backward, again = _backward(edges, query_block, buffer, raw, window, walk, group)
+        of_raw = int((edges.last_row // KEY_BLOCK + 1 - edges.first_raw // KEY_BLOCK).sum())
+        allowed = max(TAIL * pairs, of_raw if group else 0) * heads
+        window = _window(allowed, len(edges.first_row))
+    backward, again = _backward(edges, query_block, buffer, raw, window, walk, group or 1)
     return Layout(
         length=(buffer + raw) * KEY_BLOCK,
         query_block=query_block,
@@ -164,10 +170,10 @@ def _edges(geometry: Geometry, rows: int, query_block: int) -> _Edges:
     return _Edges(first_row, last_row, least_kept, most_kept, first * geometry.lag, last * geometry.lag)
 
 
-def _window(work: float, query_blocks: int) -> int:
-    """A power of two; 0 where the longest column is short enough. ``work``: pairs of blocks that a processor has."""
-    longest = max(SHORTEST_WINDOW, int(TAIL * work))
-    return 0 if longest >= query_blocks else 1 << (longest.bit_length() - 1)
+def _window(allowed: float, query_blocks: int) -> int:
+    """The nearest power of two; 0 where the longest column is short enough. ``allowed``: pairs of blocks of a column."""
+    window = 1 << round(math.log2(max(SHORTEST_WINDOW, allowed)))
+    return 0 if window >= query_blocks else window
 
 
 def _forward(edges: _Edges, buffer: int) -> Lists:

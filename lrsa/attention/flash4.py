@@ -84,11 +84,11 @@ def attend(
 
 
 def layout_of(query: Tensor, geometry: Geometry, walk: Walk = WALK, group: int = 1) -> Layout:
-    """What the kernels are told for ``query [B, Hq, T, D]``, of which ``group`` heads share a key."""
+    """What the kernels are told for ``query [B, Hq, T, D]``, ``group`` of whose heads share a key."""
     chip = _chip(query.device)
     heads = query.shape[0] * query.shape[1] / chip.processors
-    group = group if chip.hopper else 1  # elsewhere the library's kernels take a head at a time
-    return blocks.layout(geometry, query.shape[2], query.device, walk, heads, chip.query_block, group)
+    of_group = group if chip.hopper else None  # elsewhere the library's kernels take a head at a time
+    return blocks.layout(geometry, query.shape[2], query.device, walk, heads, chip.query_block, of_group)
 
 
 class Chip(NamedTuple):

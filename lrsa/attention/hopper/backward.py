@@ -35,12 +35,17 @@ CHANNELS = 32  # of which the library's accumulators hold whole multiples
 
 
 class Columns:
-    """The library's schedule, a program for each column. With it go the queries and the output's gradient, of all heads
-    of a group, to the warp that loads them, to which the library's kernel hands nothing else."""
+    """A program for each column: those of the buffer first, which are long, group of heads by group, then those of the
+    raw keys, so that short ones fill what is left at the end.
+
+    With it go the queries and the output's gradient, of all heads of a group, to the warp that loads them, to which the
+    library's kernel hands nothing else.
+    """
 
     @dataclasses.dataclass
     class Params(ParamsBase):
         base: SingleTileScheduler.Params
+        buffered: Int32  # columns before the raw keys'
         tiles: Int32  # of a head
         query: cute.Tensor  # [rows, D, heads of a group, groups, batch]
         grad_out: cute.Tensor
@@ -49,7 +54,21 @@ class Columns:
 
     @staticmethod
     def create(params: Any, ctx: object = None) -> SingleTileScheduler:
-        return SingleTileScheduler.create(params.base)
+        return SingleTileScheduler(params.base, _place(params.buffered))
+
+
+@cute.jit
+def _place(buffered):
+    """Column, group and row of the batch of this program."""
+    (x, y, z), (columns, groups, _) = cute.arch.block_idx(), cute.arch.grid_dim()
+    index = x + columns * (y + groups * z)
+    first = buffered * groups * cute.arch.grid_dim()[2]
+    width, before, skipped = buffered, Int32(0), Int32(0)
+    if index >= first:
+        width, before, skipped = columns - buffered, first, buffered
+    index -= before
+    of_all = index // width
+    return skipped + index % width, of_all % groups, of_all // groups
 
 
 class Backward(FlashAttentionBackwardSm90):
@@ -76,7 +95,8 @@ class Backward(FlashAttentionBackwardSm90):
             )
         ]
         atoms, tensors = zip(*made, strict=True)
-        own = Columns.Params(params, aux_data.scalars[-1], *tensors, *atoms)
+        *_, raw_offset, skipped, tiles = aux_data.scalars
+        own = Columns.Params(params, (skipped + raw_offset) // self.tile_n, tiles, *tensors, *atoms)
         aux_data = AuxData(None, aux_data.scalars)
         return super().kernel(
             *front, own, Columns, storage, aux_data, None, lists, group, sem_q, sem_k, sem_v, left, right
