@@ -171,7 +171,7 @@ def _edges(geometry: Geometry, rows: int, query_block: int) -> _Edges:
 
 
 def _window(allowed: float, query_blocks: int) -> int:
-    """The nearest power of two; 0 where the longest column is short enough. ``allowed``: pairs of blocks of a column."""
+    """The nearest power of two; 0 where all columns are short enough. ``allowed``: pairs of blocks of a column."""
     window = 1 << round(math.log2(max(SHORTEST_WINDOW, allowed)))
     return 0 if window >= query_blocks else window
 
