@@ -67,6 +67,7 @@ class Layout(NamedTuple):
         length: keys, whole blocks, the raw ones from ``mask.raw_offset`` on.
         again: of each window but the first how much of the buffer's beginning stands before the keys once more in
             the backward pass, in that order; ``mask_backward.skipped`` keys in all.
+        group: of `layout`.
     """
 
     length: int
@@ -76,6 +77,7 @@ class Layout(NamedTuple):
     forward: Lists
     backward: Lists
     again: tuple[int, ...]
+    group: int | None = None
 
 
 def compressed_partitions(row, *, lag, chunk):
@@ -145,6 +147,7 @@ def layout(
         forward=Lists(*(x.to(device) for x in forward)),
         backward=Lists(*(x.to(device) for x in backward)),
         again=again,
+        group=group,
     )
 
 

@@ -17,7 +17,7 @@ from packaging.version import Version
 from torch import Tensor
 
 from lrsa.attention import blocks, rows
-from lrsa.attention.blocks import WALK, Layout, Walk
+from lrsa.attention.blocks import KEY_BLOCK, WALK, Layout, Walk
 from lrsa.attention.dense import attend_dense, attend_dense_backward
 from lrsa.attention.layout import Geometry
 from lrsa.attention.rows import Plan
@@ -87,12 +87,19 @@ def layout_of(query: Tensor, geometry: Geometry, walk: Walk = WALK, group: int =
     """What the kernels are told for ``query [B, Hq, T, D]``, ``group`` of whose heads share a key."""
     chip = _chip(query.device)
     heads = query.shape[0] * query.shape[1] / chip.processors
-    of_group = group if chip.hopper else None  # elsewhere the library's kernels take a head at a time
-    return blocks.layout(geometry, query.shape[2], query.device, walk, heads, chip.query_block, of_group)
+    ours = chip.hopper and suits_hopper(geometry, group)
+    return blocks.layout(geometry, query.shape[2], query.device, walk, heads, chip.query_block, group if ours else None)
+
+
+def suits_hopper(geometry: Geometry, group: int) -> bool:
+    """Whether `lrsa.attention.hopper` computes it, not the library's kernels as they come: heads in groups, something
+    in the buffer, and what a block of queries sees raw begins with a block of keys."""
+    aligned = geometry.lag % KEY_BLOCK == 0 and geometry.chunk % KEY_BLOCK == 0
+    return group > 1 and aligned and geometry.sink + geometry.kept > 0
 
 
 class Chip(NamedTuple):
-    """``query_block``: queries a block of the forward kernel; ``hopper``: it runs our kernels there."""
+    """``query_block``: queries a block of the forward kernel."""
 
     query_block: int
     processors: int
@@ -145,7 +152,8 @@ class Attention(torch.autograd.Function):
         ours = (x.transpose(1, 2)[:, sink:] for x in (query, out, grad_out, grad_query))
         plan = plan_of(key, index, layout, layout.again)
         made = rows.gather(key, value, index, plan, gate)
-        _backward(*ours, *(x.transpose(1, 2) for x in made), log_sum, layout, ctx.scale)
+        of_chip = kernels() if layout.group is None else hopper_kernels()
+        of_chip.backward(*ours, *(x.transpose(1, 2) for x in made), log_sum, layout, ctx.scale)
         grad_key, grad_value, grad_gate = rows.scatter(*made, key, value, index, plan, gate)
         if sink:
             grad, q, k, v = (x[:, :, :sink] for x in (grad_out, query, key, value))
@@ -158,17 +166,12 @@ class Attention(torch.autograd.Function):
 
 def _forward(query, key, value, index, gate, plan, out, layout, scale, *, with_log_sum):
     """Of ``query [B, R, Hq, D]`` into ``out``; what Hopper's kernel reads raw is not copied."""
-    if _chip(query.device).hopper:
+    if layout.group is not None:
         buffer = [x.transpose(1, 2) for x in rows.gather(key, value, index, plan.without_raw(), gate)]
         raw = [x[:, :, plan.raw_start :].transpose(1, 2) for x in (key, value)]
         return hopper_kernels().forward(query, buffer, raw, out, layout, scale, with_log_sum=with_log_sum)
     made = (x.transpose(1, 2) for x in rows.gather(key, value, index, plan, gate))
     return kernels().forward(query, *made, out, layout, scale, with_log_sum=with_log_sum)
-
-
-def _backward(query, *arguments):
-    of_chip = hopper_kernels() if _chip(query.device).hopper else kernels()
-    return of_chip.backward(query, *arguments)
 
 
 def plan_of(key: Tensor, index: Tensor, layout: Layout, again: tuple[int, ...] = ()) -> Plan:

@@ -108,6 +108,8 @@ def _timed(
 def row_passes(key: Tensor, value: Tensor, index: Tensor, layout: Layout) -> dict[str, Callable[[], object]]:
     """What flash4's passes do besides attending: the rows that the kernels read, and their gradients' way back."""
     forward, backward = (flash4.plan_of(key, index, layout, again) for again in ((), layout.again))
+    if layout.group is not None:  # Hopper's kernel reads raw keys where they are
+        forward = forward.without_raw()
 
     def gather() -> object:
         with torch.no_grad():

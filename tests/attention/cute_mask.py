@@ -9,8 +9,9 @@ from cutlass.cute.runtime import from_dlpack
 from flash_attn.cute import utils
 from torch import Tensor
 
-from lrsa.attention.blocks import Mask
+from lrsa.attention.blocks import KEY_BLOCK, Mask
 from lrsa.attention.flash4_kernels import mask_arguments
+from lrsa.attention.hopper.mask import end_of_columns, first_row
 
 
 def evaluate(numbers: Mask, rows: int, keys: int) -> Tensor:
@@ -29,3 +30,22 @@ def evaluate(numbers: Mask, rows: int, keys: int) -> Tensor:
     out = torch.zeros(rows, keys, dtype=torch.int32)
     fill(from_dlpack(out), rows, keys, arguments["aux_scalars"])
     return out.bool()
+
+
+def evaluate_on_hopper(numbers: Mask, rows: int, keys: int) -> tuple[Tensor, Tensor]:
+    """`lrsa.attention.hopper.mask`, bool ``[rows, keys]`` twice: by the end of a row's columns in each block, and by
+    the first row of each column."""
+
+    @cute.jit
+    def fill(ends: cute.Tensor, firsts: cute.Tensor, rows: cutlass.Int32, keys: cutlass.Int32, scalars: tuple):
+        for key in range(keys):
+            firsts[key] = first_row(key, scalars, numbers.lag, numbers.chunk)
+        for row in range(rows):
+            for block in range(keys // KEY_BLOCK):
+                ends[row, block] = end_of_columns(row, block * KEY_BLOCK, scalars, numbers.lag, numbers.chunk)
+
+    ends = torch.zeros(rows, keys // KEY_BLOCK, dtype=torch.int32)
+    firsts = torch.zeros(keys, dtype=torch.int32)
+    fill(from_dlpack(ends), from_dlpack(firsts), rows, keys, mask_arguments(numbers)["aux_scalars"])
+    column = torch.arange(keys)
+    return column < ends.repeat_interleave(KEY_BLOCK, 1), torch.arange(rows)[:, None] >= firsts

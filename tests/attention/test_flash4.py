@@ -59,6 +59,9 @@ def stand_in(monkeypatch, request):
     monkeypatch.setattr(flash4, "kernels", lambda: block_sparse)
     monkeypatch.setattr(flash4, "hopper_kernels", lambda: block_sparse.HOPPER)
     monkeypatch.setattr(flash4, "_chip", lambda device: flash4.Chip(128, 132, request.param))
+    monkeypatch.setattr(
+        flash4, "suits_hopper", lambda geometry, group: True
+    )  # what lists can say is more than kernels do
 
 
 def runner(config: SparseAttentionConfig, kept: Tensor, walk: Walk = blocks.WALK, scale: float = 0.2):
@@ -87,6 +90,26 @@ def test_equals_the_mask_form_forward_and_gradients(shape, rule, walk, stand_in)
         ("out", "query", "key", "value"), ours, forward_and_gradients(reference, *inputs), strict=True
     ):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize(
+    ("rule", "group", "expected"),
+    [
+        ((16, 128, 32, 128), 4, True),
+        ((0, 256, 128, 512), 2, True),
+        ((16, 128, 0, 128), 3, True),  # the sinks are in the buffer
+        ((0, 128, 0, 128), 3, False),  # nothing is
+        ((16, 128, 32, 128), 1, False),
+        ((16, 64, 32, 128), 4, False),
+        ((16, 128, 32, 64), 4, False),
+    ],
+)
+def test_which_kernels_compute_it_on_hopper(rule, group, expected, monkeypatch):
+    query = torch.zeros(1, 4, 1500, 64)
+    for hopper in (True, False):
+        monkeypatch.setattr(flash4, "_chip", lambda device, hopper=hopper: flash4.Chip(128, 132, hopper))
+        layout = flash4.layout_of(query, Geometry(*rule), group=group)
+        assert layout.group == (group if hopper and expected else None)
 
 
 def test_blocks_of_256_queries(monkeypatch):
@@ -265,6 +288,32 @@ def test_the_mask_as_cute_compiles_it(rule):
     rows, keys = tokens - sink, mask.raw_offset + tokens - sink
     expected = blocks.visible(torch.arange(rows)[:, None], torch.arange(keys)[None], **mask._asdict())
     assert torch.equal(evaluate(mask, rows, keys), expected)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("cutlass") is None, reason="needs flash-attn-4's compiler")
+@pytest.mark.parametrize("rule", [(16, 128, 16, 128), (0, 128, 64, 256), (7, 256, 51, 256), (16, 128, 0, 128)], ids=str)
+def test_hoppers_mask_as_cute_compiles_it(rule):
+    """Each pair of each block that the lists put under the mask, of both passes, against the formula on tensors."""
+    from tests.attention.cute_mask import evaluate_on_hopper
+
+    tokens = 5 * rule[1] + rule[0] + rule[3] + 130
+    layout = blocks.layout(Geometry(*rule), tokens, torch.device("cpu"), Walk(1), 1.0, group=2)
+    rows = tokens - rule[0]
+    for lists, mask, by_row, column_blocks in (
+        (layout.forward, layout.mask, True, layout.length // 128),
+        (layout.backward, layout.mask_backward, False, (layout.mask_backward.skipped + layout.length) // 128),
+    ):
+        keys = column_blocks * 128
+        expected = blocks.visible(torch.arange(rows)[:, None], torch.arange(keys)[None], **mask._asdict())
+        found = evaluate_on_hopper(mask, rows, keys)[0 if by_row else 1]
+        listed, count = 0, -(-rows // 128)
+        for line in range(lists.partial_count.shape[2]):
+            for other in lists.partial_index[0, 0, line, : int(lists.partial_count[0, 0, line])].tolist():
+                tile, column = (line, other) if by_row else (other % count, line)
+                pairs = slice(tile * 128, (tile + 1) * 128), slice(column * 128, (column + 1) * 128)
+                assert torch.equal(found[pairs], expected[pairs]), (tile, column)
+                listed += 1
+        assert listed
 
 
 @pytest.mark.slow

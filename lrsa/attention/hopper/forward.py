@@ -290,8 +290,8 @@ def forward(
     """
     batch, rows, heads, dim = query.shape
     mask = layout.mask
+    key, value = buffer
     raw = [aligned(x) for x in raw]
-    key, value = buffer if mask.raw_offset else raw  # of an empty one there can be no map
     log_sum = query.new_empty((batch, heads, rows), dtype=torch.float32) if with_log_sum else None
     numbers = mask.sink, mask.kept, mask.raw_offset, mask.skipped, mask.raw_offset // KEY_BLOCK
     scalars = tuple(Int32(n) for n in numbers)

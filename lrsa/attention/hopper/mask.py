@@ -1,8 +1,10 @@
 """The mask of a block that is seen in part, for a kernel's scores: a comparison or less a pair.
 
 The library calls a mask function for each pair, and checks the length of what it calls full blocks. Here a thread
-finds for each of its rows (or, where the scores are transposed, for each of its keys) where what is seen begins and
-ends. Full blocks need nothing: what is beyond the tokens is in blocks that are seen in part.
+finds for each of its rows where what is seen ends (or, where the scores are transposed, for each of its keys with which
+row it begins to be seen). Full blocks need nothing: what is beyond the tokens is in blocks that are seen in part.
+
+L and C are whole blocks: then a block of raw keys is seen by whole blocks of rows, but for the one on the diagonal.
 """
 
 from __future__ import annotations
@@ -10,8 +12,8 @@ from __future__ import annotations
 from typing import Any
 
 import cutlass
-from cutlass import Float32, Int32, Uint32, const_expr, cute
-from flash_attn.cute.mask import mask_r2p_lambda, r2p_bitmask_above, r2p_bitmask_below, sm90_col_to_r2p_idx
+from cutlass import Float32, Int32, const_expr, cute
+from flash_attn.cute.mask import mask_r2p_lambda, r2p_bitmask_below, sm90_col_to_r2p_idx
 from quack import layout_utils
 
 from lrsa.attention.blocks import compressed_partitions, first_row_of
@@ -31,9 +33,8 @@ class BlockMask:
 
     def __init__(self, seqlen: object = None, *, tile_m: int, tile_n: int, transposed: bool, lag: int, chunk: int):
         self.tile_m, self.tile_n, self.transposed = tile_m, tile_n, transposed
+        assert lag % tile_n == chunk % tile_n == 0, (lag, chunk)
         self.lag, self.chunk = lag, chunk
-        # Otherwise what a block of queries sees raw begins with a block of keys.
-        self.unaligned = bool(lag % tile_n or chunk % tile_n)
 
     @cute.jit
     def apply_mask(
@@ -69,53 +70,53 @@ class BlockMask:
 
     @cute.jit
     def _mask_columns(self, acc_S, m_block, n_block, thr_mma, scalars):
-        """Each row sees a range of the block's columns."""
-        sink, kept, raw_offset, skipped = scalars[0], scalars[1], scalars[2], scalars[3]
+        """Each row sees the first of the block's columns."""
         scores = layout_utils.reshape_acc_to_mn(acc_S)
         places, _ = self._places(thr_mma)
-        begin = n_block * self.tile_n - skipped + places[0, 0][1]  # this thread's first column, in the buffer
+        begin = n_block * self.tile_n + places[0, 0][1]  # this thread's first column
         for r in cutlass.range_constexpr(cute.size(scores.shape[0])):
             row = places[r, 0][0] + m_block * self.tile_m
-            compressed = compressed_partitions(row, lag=self.lag, chunk=self.chunk)
-            start, stop = Int32(0), sink + compressed * kept - begin
-            if begin >= raw_offset:
-                start, stop = compressed * self.lag + raw_offset - begin, row + 1 + raw_offset - begin
+            stop = end_of_columns(row, begin, scalars, self.lag, self.chunk) - begin
             below = sm90_col_to_r2p_idx(cutlass.max(stop, 0))
-            if const_expr(self.unaligned):
-                above = sm90_col_to_r2p_idx(cutlass.max(start, 0))
-                mask_r2p_lambda(
-                    scores[r, None],
-                    lambda s, below=below, above=above: r2p_bitmask_below(below, s) & r2p_bitmask_above(above, s),
-                    rank1=True,
-                )
-            else:
-                mask_r2p_lambda(scores[r, None], lambda s, below=below: r2p_bitmask_below(below, s), rank1=True)
+            mask_r2p_lambda(scores[r, None], lambda s, below=below: r2p_bitmask_below(below, s), rank1=True)
 
     @cute.jit
     def _mask_rows(self, acc_S, m_block, n_block, thr_mma, scalars):
-        """Each key is seen by a range of rows: a kept one from its partition's compression on, a raw one from its own
-        row until then."""
-        sink, kept, raw_offset, skipped = scalars[0], scalars[1], scalars[2], scalars[3]
+        """Each key is seen from a row on: a kept one from its partition's compression, a raw one from its own."""
         scores = layout_utils.reshape_acc_to_mn(acc_S, transpose=True)
         places, known = self._places(thr_mma)
         tiles = scalars[4]  # of a head, whose rows begin at 0 again
         rows_before = m_block % tiles * self.tile_m + places[0, 0][1] - known[0, 0][1]
         for c in cutlass.range_constexpr(cute.size(scores.shape[1])):
-            entry = n_block * self.tile_n - skipped + places[0, c][0]
-            raw = entry - raw_offset
-            start, stop = Int32(0), Int32(NEVER)
-            if raw >= 0:
-                start = raw
-                stop = first_row_of(raw // self.lag + 1, lag=self.lag, chunk=self.chunk)
-            elif entry >= sink:
-                start = Int32(NEVER)
-                if kept > 0:
-                    start = first_row_of((entry - sink) // kept + 1, lag=self.lag, chunk=self.chunk)
-            start -= rows_before
-            width = Uint32(stop - rows_before - start)
+            column = n_block * self.tile_n + places[0, c][0]
+            start = first_row(column, scalars, self.lag, self.chunk) - rows_before
             for r in cutlass.range_constexpr(cute.size(scores.shape[0])):
-                if const_expr(self.unaligned):
-                    seen = Uint32(known[r, 0][1] - start) < width
-                else:
-                    seen = known[r, 0][1] >= start
-                scores[r, c] = scores[r, c] if seen else -Float32.inf
+                scores[r, c] = scores[r, c] if known[r, 0][1] >= start else -Float32.inf
+
+
+@cute.jit
+def end_of_columns(row, column, scalars, lag, chunk):
+    """After which column a row sees no more of the part of the rows of keys, buffer or raw, where ``column`` is.
+
+    ``scalars``: S, K, where the raw keys begin, and how many keys stand in front of the buffer.
+    """
+    sink, kept, raw_offset, skipped = scalars[0], scalars[1], scalars[2], scalars[3]
+    end = skipped + sink + compressed_partitions(row, lag=lag, chunk=chunk) * kept
+    if column >= skipped + raw_offset:
+        end = skipped + raw_offset + row + 1
+    return end
+
+
+@cute.jit
+def first_row(column, scalars, lag, chunk):
+    """The first row that sees a column; ``scalars`` as of `end_of_columns`."""
+    sink, kept, raw_offset, skipped = scalars[0], scalars[1], scalars[2], scalars[3]
+    entry = column - skipped
+    row = Int32(0)
+    if entry >= raw_offset:
+        row = entry - raw_offset
+    elif entry >= sink:
+        row = Int32(NEVER)
+        if kept > 0:
+            row = first_row_of((entry - sink) // kept + 1, lag=lag, chunk=chunk)
+    return row
