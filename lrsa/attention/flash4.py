@@ -79,13 +79,13 @@ def attend(
 ) -> Tensor:
     """``query [B, Hq, T, D]``, ``key``/``value`` ``[B, H, T, D]``, ``index [B, H, P * K]`` of at least one partition,
     ``gate`` likewise, a factor of the kept values -> ``[B, Hq, T, D]``. ``walk``: of the backward pass."""
-    layout = layout_of(query, geometry, walk, query.shape[1] // key.shape[1])
+    layout = layout_of(query, key, geometry, walk)
     return Attention.apply(query, key, value, index, gate, layout, scale)
 
 
-def layout_of(query: Tensor, geometry: Geometry, walk: Walk = WALK, group: int = 1) -> Layout:
-    """What the kernels are told for ``query [B, Hq, T, D]``, ``group`` of whose heads share a key."""
-    chip = _chip(query.device)
+def layout_of(query: Tensor, key: Tensor, geometry: Geometry, walk: Walk = WALK) -> Layout:
+    """What the kernels are told for ``query [B, Hq, T, D]`` and ``key [B, H, T, D]``."""
+    chip, group = _chip(query.device), query.shape[1] // key.shape[1]
     heads = query.shape[0] * query.shape[1] / chip.processors
     ours = chip.hopper and suits_hopper(geometry, group)
     return blocks.layout(geometry, query.shape[2], query.device, walk, heads, chip.query_block, group if ours else None)

@@ -123,14 +123,14 @@ def _spans_backward_shape(grad: Tensor, *saved: Any) -> tuple[Tensor, ...]:
 def _blocks(*inputs: Any) -> tuple[Tensor, Tensor]:
     query, key, value, index, rule, scale = inputs
     context = _Context()
-    layout = flash4.layout_of(query, Geometry(*rule))
+    layout = flash4.layout_of(query, key, Geometry(*rule))
     out = flash4.Attention.forward(context, query, key, value, index, None, layout, scale)
     return out, context.saved_tensors[-1]  # type: ignore[return-value]
 
 
 def _blocks_backward(grad: Tensor, *saved: Any) -> tuple[Tensor, ...]:
     query, key, value, index, out, log_sum, rule, scale = saved
-    layout = flash4.layout_of(query, Geometry(*rule))
+    layout = flash4.layout_of(query, key, Geometry(*rule))
     context = _Context(query, key, value, index, None, out, log_sum, layout=layout, scale=scale)
     grad_query, grad_key, grad_value, *_ = flash4.Attention.backward(context, grad)
     return grad_query, grad_key.contiguous(), grad_value.contiguous()

@@ -98,7 +98,7 @@ def _timed(
         index = choose()
     parts: dict[str, Callable[[], object]] = {"selection": choose}
     if choose_backend(backend, query) == "flash4":  # elsewhere they are not apart from the attention
-        layout = flash4.layout_of(query, config.geometry, group=query.shape[1] // key.shape[1])
+        layout = flash4.layout_of(query, key, config.geometry)
         parts |= row_passes(key, value, index, layout)
     times = compare(prepared(parts, query.device, conf.graphs), conf.rounds, query.device)
     row |= {name: vars(taken) for name, taken in times.items()}

@@ -139,6 +139,7 @@ def hopper_backward(
 ) -> None:
     """As `lrsa.attention.hopper.backward`: the lists hold a group's heads one after the other."""
     heads, count = key.shape[2], -(-query.shape[1] // layout.query_block)
+    assert layout.group == query.shape[2] // heads
     sums = [torch.zeros_like(key), torch.zeros_like(value)]
     for head in range(query.shape[2] // heads):
         q, o, do, grad_q = (x.unflatten(2, (heads, -1))[:, :, :, head] for x in (query, out, grad_out, grad_query))

@@ -32,11 +32,13 @@ def _fresh() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-@pytest.fixture
-def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(params=[True, False], ids=["hopper", "elsewhere"])
+def everywhere(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """The GPU's backends on the CPU: FlexAttention by its slow definition, flash-attn-4's kernels by a stand-in."""
     monkeypatch.setattr(flash4, "kernels", lambda: block_sparse)
-    monkeypatch.setattr(flash4, "_chip", lambda device: flash4.Chip(128, 132, False))
+    monkeypatch.setattr(flash4, "hopper_kernels", lambda: block_sparse.HOPPER)
+    monkeypatch.setattr(flash4, "_chip", lambda device: flash4.Chip(128, 132, request.param))
+    monkeypatch.setattr(flash4, "suits_hopper", lambda geometry, group: True)
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)  # which refuses a gradient here
     monkeypatch.setattr(flex, "_compiled", lambda: flex._fused)
 

@@ -105,10 +105,10 @@ def test_equals_the_mask_form_forward_and_gradients(shape, rule, walk, stand_in)
     ],
 )
 def test_which_kernels_compute_it_on_hopper(rule, group, expected, monkeypatch):
-    query = torch.zeros(1, 4, 1500, 64)
+    query, key = torch.zeros(1, 12, 1500, 64), torch.zeros(1, 12 // group, 1500, 64)
     for hopper in (True, False):
         monkeypatch.setattr(flash4, "_chip", lambda device, hopper=hopper: flash4.Chip(128, 132, hopper))
-        layout = flash4.layout_of(query, Geometry(*rule), group=group)
+        layout = flash4.layout_of(query, key, Geometry(*rule))
         assert layout.group == (group if hopper and expected else None)
 
 

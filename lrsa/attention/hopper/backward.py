@@ -199,6 +199,7 @@ def backward(
     layout is that of groups of Hq / H heads."""
     batch, rows, query_heads, dim = query.shape
     heads = key.shape[2]
+    assert layout.group == query_heads // heads, (layout.group, query_heads, heads)
     config = _tile_size_bwd_sm90(dim, dim, False, False, sparse_block_size_q=layout.query_block)
     dtype, wide, fake = DTYPES[query.dtype], -(-dim // CHANNELS) * CHANNELS, is_fake_mode()
     padded = -(-rows // layout.query_block) * layout.query_block  # of a head: whole blocks of the lists
