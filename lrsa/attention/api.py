@@ -22,7 +22,8 @@ from lrsa.attention.straight_through import gate as selection_gate
 log = logging.getLogger(__name__)
 BACKENDS = ("auto", "reference", "gather", "flex", "flash4")
 # Pairs of a batch's rows times channels, B Hq T T D: about 2 ms of dense attention, forward and backward, on an H100.
-# Below, flash4's launches, some milliseconds of Python a layer, take longer than its kernels save.
+# Below, flash4's launches, some milliseconds of Python a layer through the library's interface, took longer than its
+# kernels save; not measured since Hopper's are called directly.
 FLASH4_FROM = 2e11
 SHORT_PROMPT = 2048  # tokens; below, compiling FlexAttention takes longer than many passes through gather
 

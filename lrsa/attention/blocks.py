@@ -18,8 +18,8 @@ from torch import Tensor
 from lrsa.attention.layout import Geometry
 
 KEY_BLOCK = 128
-# Of a processor's work that a single column may be: what others may wait for it at the end. As much as the columns of
-# raw keys are, which are short, where those are the last.
+# Of a processor's work that a single column may be: what others may wait for it at the end. Where the raw keys'
+# columns, which are short, are the last (`layout`, ``group``), it may be as much as they are together.
 TAIL = 1 / 16
 SHORTEST_WINDOW = 16  # query blocks; a shorter piece would pay more for its start than it saves
 
@@ -67,7 +67,7 @@ class Layout(NamedTuple):
         length: keys, whole blocks, the raw ones from ``mask.raw_offset`` on.
         again: of each window but the first how much of the buffer's beginning stands before the keys once more in
             the backward pass, in that order; ``mask_backward.skipped`` keys in all.
-        group: of `layout`.
+        group: heads whose blocks of queries stand one after the other in ``backward``, as `layout` was told; or None.
     """
 
     length: int

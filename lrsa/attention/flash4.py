@@ -87,15 +87,16 @@ def layout_of(query: Tensor, key: Tensor, geometry: Geometry, walk: Walk = WALK)
     """What the kernels are told for ``query [B, Hq, T, D]`` and ``key [B, H, T, D]``."""
     chip, group = _chip(query.device), query.shape[1] // key.shape[1]
     heads = query.shape[0] * query.shape[1] / chip.processors
-    ours = chip.hopper and suits_hopper(geometry, group)
+    ours = chip.hopper and suits_hopper(geometry, group, query.shape[3])
     return blocks.layout(geometry, query.shape[2], query.device, walk, heads, chip.query_block, group if ours else None)
 
 
-def suits_hopper(geometry: Geometry, group: int) -> bool:
-    """Whether `lrsa.attention.hopper` computes it, not the library's kernels as they come: heads in groups, something
-    in the buffer, and what a block of queries sees raw begins with a block of keys."""
+def suits_hopper(geometry: Geometry, group: int, dim: int) -> bool:
+    """Whether `lrsa.attention.hopper` computes it, not the library's kernels as they come: where it was tried. What a
+    block of queries sees raw begins with a block of keys, there is something in the buffer, and heads are in groups,
+    but not in large ones: the backward pass reads the buffer once more for each head."""
     aligned = geometry.lag % KEY_BLOCK == 0 and geometry.chunk % KEY_BLOCK == 0
-    return group > 1 and aligned and geometry.sink + geometry.kept > 0
+    return 1 < group <= 8 and dim in (64, 128) and aligned and geometry.sink + geometry.kept > 0
 
 
 class Chip(NamedTuple):
@@ -123,8 +124,8 @@ def hopper_kernels() -> ModuleType:
 
 
 class Attention(torch.autograd.Function):
-    """The rows of keys are made anew in the backward pass, where their gradients take their place: what they hold is as
-    much as keys and values, and is not kept."""
+    """The backward pass makes the rows of keys, anew but on Hopper, and puts their gradients in their place: what they
+    hold is as much as keys and values, and is not kept."""
 
     @staticmethod
     def forward(ctx, query, key, value, index, gate, layout, scale):

@@ -38,7 +38,7 @@ def everywhere(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) 
     monkeypatch.setattr(flash4, "kernels", lambda: block_sparse)
     monkeypatch.setattr(flash4, "hopper_kernels", lambda: block_sparse.HOPPER)
     monkeypatch.setattr(flash4, "_chip", lambda device: flash4.Chip(128, 132, request.param))
-    monkeypatch.setattr(flash4, "suits_hopper", lambda geometry, group: True)
+    monkeypatch.setattr(flash4, "suits_hopper", lambda geometry, group, dim: True)
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)  # which refuses a gradient here
     monkeypatch.setattr(flex, "_compiled", lambda: flex._fused)
 

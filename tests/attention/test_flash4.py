@@ -60,7 +60,7 @@ def stand_in(monkeypatch, request):
     monkeypatch.setattr(flash4, "hopper_kernels", lambda: block_sparse.HOPPER)
     monkeypatch.setattr(flash4, "_chip", lambda device: flash4.Chip(128, 132, request.param))
     monkeypatch.setattr(
-        flash4, "suits_hopper", lambda geometry, group: True
+        flash4, "suits_hopper", lambda geometry, group, dim: True
     )  # what lists can say is more than kernels do
 
 
@@ -100,6 +100,7 @@ def test_equals_the_mask_form_forward_and_gradients(shape, rule, walk, stand_in)
         ((16, 128, 0, 128), 3, True),  # the sinks are in the buffer
         ((0, 128, 0, 128), 3, False),  # nothing is
         ((16, 128, 32, 128), 1, False),
+        ((16, 128, 32, 128), 12, False),
         ((16, 64, 32, 128), 4, False),
         ((16, 128, 32, 64), 4, False),
     ],
@@ -110,6 +111,7 @@ def test_which_kernels_compute_it_on_hopper(rule, group, expected, monkeypatch):
         monkeypatch.setattr(flash4, "_chip", lambda device, hopper=hopper: flash4.Chip(128, 132, hopper))
         layout = flash4.layout_of(query, key, Geometry(*rule))
         assert layout.group == (group if hopper and expected else None)
+        assert flash4.layout_of(query[..., :40], key[..., :40], Geometry(*rule)).group is None
 
 
 def test_blocks_of_256_queries(monkeypatch):
@@ -337,6 +339,12 @@ GPU_CASES = {
     "D64-nothing-kept": ((2, 6, 2, 900, 64), (4, 64, 0, 64)),
     "D128-more-sinks-than-a-block": ((1, 4, 1, 1111, 128), (150, 64, 30, 64)),
     "D64-shorter-than-a-block": ((1, 4, 2, 100, 64), (2, 8, 3, 8)),
+    # Whole blocks, which are Hopper's own kernels.
+    "D64-nothing-kept-whole-blocks": ((2, 6, 2, 900, 64), (4, 128, 0, 128)),
+    "D128-more-sinks-than-a-block-whole-blocks": ((1, 4, 1, 1111, 128), (150, 128, 30, 128)),
+    "D128-odd-sinks-whole-blocks": ((2, 8, 2, 1111, 128), (7, 128, 51, 256)),
+    "D40-9-over-3-heads": ((1, 9, 3, 700, 40), (16, 128, 32, 128)),
+    "D96-4-over-2-heads": ((1, 4, 2, 700, 96), (16, 128, 32, 128)),
 }  # fmt: skip
 
 

@@ -27,7 +27,7 @@ from quack import copy_utils, layout_utils
 from quack.cute_dsl_utils import ParamsBase
 from torch import Tensor
 
-from lrsa.attention.blocks import KEY_BLOCK, Layout
+from lrsa.attention.blocks import Layout
 from lrsa.attention.hopper.launch import DTYPES, OPTIONS, aligned, broadcast, cached, expanded, on_its_device, stream
 from lrsa.attention.hopper.mask import BlockMask
 
@@ -225,8 +225,7 @@ def backward(
     extra = [x.unflatten(2, (heads, -1)) for x in (query, grad_out)]
     kernel = cached(
         "backward",
-        (query.dtype, dim, mask.lag, mask.chunk, layout.query_block, unread.shape[1] == config.m_block_size,
-         key.shape[1] == KEY_BLOCK, *broadcast(*tensors, *extra, *lists)),
+        (query.dtype, dim, mask.lag, mask.chunk, layout.query_block, *broadcast(*tensors, *extra, *lists)),
         functools.partial(_compile, tensors, extra, lists, scalars, layout, config),
     )  # fmt: skip
     if not fake:

@@ -49,13 +49,13 @@ class Forward(FlashAttentionForwardSm90):
     def kernel(self, *args: Any) -> OnGrid:
         *front, params, scheduler, storage, aux_data, _ = args
         assert scheduler is SingleTileScheduler, scheduler
-        raw_keys = [
+        raw_loads = [
             self._loaded(assume_tensor_aligned(layout_utils.select(x, [1, 3, 2, 0])), memory, dim)
             for x, memory, dim in zip(
                 aux_data.tensors, (self.sK_layout, self.sV_layout), (self.tile_hdim, self.tile_hdimv), strict=True
             )
         ]
-        atoms, tensors = zip(*raw_keys, strict=True)
+        atoms, tensors = zip(*raw_loads, strict=True)
         *scalars, buffered = aux_data.scalars
         output, store = args[3], args[13]
         total = params.num_block * params.num_head * params.num_batch
@@ -291,7 +291,7 @@ def forward(
     batch, rows, heads, dim = query.shape
     mask = layout.mask
     key, value = buffer
-    raw = [aligned(x) for x in raw]
+    query, raw = aligned(query), [aligned(x) for x in raw]
     log_sum = query.new_empty((batch, heads, rows), dtype=torch.float32) if with_log_sum else None
     numbers = mask.sink, mask.kept, mask.raw_offset, mask.skipped, mask.raw_offset // KEY_BLOCK
     scalars = tuple(Int32(n) for n in numbers)
@@ -300,7 +300,7 @@ def forward(
     processors = get_num_sms_for_selection(query.device.index, 90)
     kernel = cached(
         "forward",
-        (query.dtype, dim, heads // key.shape[2], mask.lag, mask.chunk, with_log_sum, rows <= KEY_BLOCK, processors,
+        (query.dtype, dim, heads // key.shape[2], mask.lag, mask.chunk, with_log_sum, processors,
          *broadcast(*tensors, *lists)),
         functools.partial(_compile, tensors, log_sum, lists, scalars, layout, processors),
     )  # fmt: skip

@@ -75,4 +75,4 @@ def aligned(x: Tensor) -> Tensor:
     size = x.element_size()
     fits = x.stride(-1) == 1 and x.storage_offset() * size % 16 == 0
     fits = fits and all(stride and stride * size % 16 == 0 for stride in x.stride()[:-1])
-    return x if fits else x.contiguous()
+    return x if fits else x.clone(memory_format=torch.contiguous_format)  # which moves it even if it is contiguous
