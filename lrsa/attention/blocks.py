@@ -135,9 +135,11 @@ def layout(
     window = walk.window
     if window is None:
         pairs = int(sum(counts.sum() for counts in (forward.partial_count, forward.full_count)))
-        of_raw = int((edges.last_row // KEY_BLOCK + 1 - edges.first_raw // KEY_BLOCK).sum())
-        allowed = max(TAIL * pairs, of_raw if group else 0) * heads
-        window = _window(allowed, len(edges.first_row))
+        allowed = TAIL * pairs
+        if group:  # to the nearest power of two, for each further piece is one more copy
+            of_raw = int((edges.last_row // KEY_BLOCK + 1 - edges.first_raw // KEY_BLOCK).sum())
+            allowed = max(allowed, of_raw) * math.sqrt(2)
+        window = _window(allowed * heads, len(edges.first_row))
     backward, again = _backward(edges, query_block, buffer, raw, window, walk, group or 1)
     return Layout(
         length=(buffer + raw) * KEY_BLOCK,
@@ -174,9 +176,9 @@ def _edges(geometry: Geometry, rows: int, query_block: int) -> _Edges:
 
 
 def _window(allowed: float, query_blocks: int) -> int:
-    """The nearest power of two; 0 where all columns are short enough. ``allowed``: pairs of blocks of a column."""
-    window = 1 << round(math.log2(max(SHORTEST_WINDOW, allowed)))
-    return 0 if window >= query_blocks else window
+    """A power of two; 0 where the longest column is short enough. ``allowed``: pairs of blocks of a column."""
+    longest = max(SHORTEST_WINDOW, int(allowed))
+    return 0 if longest >= query_blocks else 1 << (longest.bit_length() - 1)
 
 
 def _forward(edges: _Edges, buffer: int) -> Lists:

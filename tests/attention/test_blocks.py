@@ -204,7 +204,7 @@ def test_the_longest_column_is_short_enough():
         return int((lists.partial_count + lists.full_count).sum())
 
     assert longest(8 * 32 / 132) == 240
-    assert longest(32 / 132) <= 2**0.5 * blocks.TAIL * pairs(32 / 132) * 32 / 132 < 240
+    assert longest(32 / 132) <= max(blocks.TAIL * pairs(32 / 132) * 32 / 132, 16 + 1) < 240
     assert pairs(32 / 132) == pairs(8 * 32 / 132)
 
 
