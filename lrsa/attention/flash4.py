@@ -124,8 +124,8 @@ def hopper_kernels() -> ModuleType:
 
 
 class Attention(torch.autograd.Function):
-    """The backward pass makes the rows of keys, anew but on Hopper, and puts their gradients in their place: what they
-    hold is as much as keys and values, and is not kept."""
+    """The backward pass makes the rows of keys anew, and puts their gradients in their place: what they hold is as much
+    as keys and values (on Hopper, as the kept ones), and is not kept."""
 
     @staticmethod
     def forward(ctx, query, key, value, index, gate, layout, scale):
@@ -150,12 +150,20 @@ class Attention(torch.autograd.Function):
         query, key, value, index, gate, out, log_sum = ctx.saved_tensors
         layout, sink = ctx.layout, ctx.layout.mask.sink
         grad_query = torch.empty_like(out)
-        ours = (x.transpose(1, 2)[:, sink:] for x in (query, out, grad_out, grad_query))
+        ours = [x.transpose(1, 2)[:, sink:] for x in (query, out, grad_out, grad_query)]
         plan = plan_of(key, index, layout, layout.again)
+        grads = None
+        if layout.group is not None:
+            plan = plan.without_raw()
+            grads = rows.empty_gradient(key), rows.empty_gradient(value)
         made = rows.gather(key, value, index, plan, gate)
-        of_chip = kernels() if layout.group is None else hopper_kernels()
-        of_chip.backward(*ours, *(x.transpose(1, 2) for x in made), log_sum, layout, ctx.scale)
-        grad_key, grad_value, grad_gate = rows.scatter(*made, key, value, index, plan, gate)
+        buffer = [x.transpose(1, 2) for x in made]
+        if grads is not None:
+            raw, grad_raw = ([x[:, :, sink:].transpose(1, 2) for x in pair] for pair in ((key, value), grads))
+            hopper_kernels().backward(*ours, buffer, raw, grad_raw, log_sum, layout, ctx.scale)
+        else:
+            kernels().backward(*ours, *buffer, log_sum, layout, ctx.scale)
+        grad_key, grad_value, grad_gate = rows.scatter(*made, key, value, index, plan, gate, grads)
         if sink:
             grad, q, k, v = (x[:, :, :sink] for x in (grad_out, query, key, value))
             grad_q, grad_k, grad_v = attend_dense_backward(grad, q, k, v, ctx.scale)

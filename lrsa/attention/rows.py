@@ -73,18 +73,30 @@ def scatter(
     index: Tensor,
     plan: Plan,
     gate: Tensor | None = None,
+    of_raw: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The gradients of `gather`'s two results -> those of ``key``, ``value`` and ``gate``, in their dtypes.
 
-    What one token has in several rows is added up in float32.
+    ``of_raw``: for a plan without raw rows the gradients ``[B, H, T, D]`` that the tokens from ``raw_start`` on have as
+    such. The others are added to them, in their place. What one token has in several rows is added up in float32.
     """
+    if of_raw is None:
+        begin, count = sum(plan.again) + plan.raw_offset, plan.tokens - plan.raw_start
+        of_raw = empty_gradient(key), empty_gradient(value)
+        for out, grad in zip(of_raw, (grad_key, grad_value), strict=True):
+            out[:, :, plan.raw_start :] = grad[:, :, begin : begin + count]
     if gate is None and fused.runs_on(grad_key):
         from lrsa.attention import rows_kernel
 
-        return *rows_kernel.scatter(grad_key, grad_value, key, value, index, plan), None
-    to_key, _ = scatter_one(grad_key, key, index, plan)
-    to_value, to_gate = scatter_one(grad_value, value, index, plan, gate)
-    return to_key, to_value, to_gate
+        rows_kernel.add(grad_key, grad_value, *of_raw, index, plan)
+        return *of_raw, None
+    add_one(grad_key, of_raw[0], index, plan)
+    return *of_raw, add_one(grad_value, of_raw[1], index, plan, value, gate)
+
+
+def empty_gradient(x: Tensor) -> Tensor:
+    """Laid out as ``x``, but with channels side by side."""
+    return torch.empty_like(x if x.stride(-1) == 1 else x.contiguous())
 
 
 def gather_one(x: Tensor, index: Tensor, plan: Plan, gate: Tensor | None = None) -> Tensor:
@@ -102,25 +114,26 @@ def gather_one(x: Tensor, index: Tensor, plan: Plan, gate: Tensor | None = None)
     return torch.cat([*(buffer[0][:, :, :count] for count in plan.again), *buffer, raw, tail], 2)
 
 
-def scatter_one(
-    grad: Tensor, x: Tensor, index: Tensor, plan: Plan, gate: Tensor | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """`scatter` of one of them, in PyTorch -> the gradients of ``x`` and of ``gate``."""
-    *pieces, buffer, raw = grad.split([*plan.again, plan.raw_offset, plan.length - plan.raw_offset], 2)
-    wide = torch.promote_types(x.dtype, torch.float32)  # in bfloat16 a key of many pieces would lose the smaller ones
+def add_one(
+    grad: Tensor, out: Tensor, index: Tensor, plan: Plan, x: Tensor | None = None, gate: Tensor | None = None
+) -> Tensor | None:
+    """`scatter` of one of them, in PyTorch, to ``out`` -> the gradient of ``gate``, a factor of ``x``."""
+    *pieces, buffer = grad[:, :, : sum(plan.again) + plan.raw_offset].split([*plan.again, plan.raw_offset], 2)
+    wide = torch.promote_types(out.dtype, torch.float32)  # in bfloat16 a key of many pieces would lose the smaller ones
     buffer = buffer.to(wide, copy=bool(pieces))
     for piece in pieces:
         buffer[:, :, : piece.shape[2]] += piece
-    positions, kept = _expand(index, x.shape[3]), buffer[:, :, plan.sink : plan.used]
+    positions, kept = _expand(index, out.shape[3]), buffer[:, :, plan.sink : plan.used]
     grad_gate = None
-    if gate is not None:
+    if gate is not None and x is not None:
         grad_gate = (kept * x.gather(2, positions)).sum(-1, dtype=gate.dtype)
         kept = kept * gate[..., None].to(x.dtype)
-    result = torch.zeros(x.shape, dtype=wide, device=x.device)
-    result[:, :, plan.raw_start :] = raw[:, :, : plan.tokens - plan.raw_start]
-    result[:, :, : plan.sink] += buffer[:, :, : plan.sink]
+    sole = min(plan.sink, plan.raw_start)  # sinks that are in no raw row too
+    out[:, :, :sole] = buffer[:, :, :sole]
+    out[:, :, sole : plan.sink] += buffer[:, :, sole : plan.sink]
     # Kept positions are each there but once, so that nothing is lost or added twice.
-    return result.scatter_(2, positions, result.gather(2, positions) + kept).to(x.dtype), grad_gate
+    out.scatter_(2, positions, (out.gather(2, positions) + kept).to(out.dtype))
+    return grad_gate
 
 
 def _expand(index: Tensor, dim: int) -> Tensor:

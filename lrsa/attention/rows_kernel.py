@@ -1,7 +1,6 @@
 """`lrsa.attention.rows` in two Triton kernels, one each way, for keys and values at once.
 
-Each row is written once, by one program: the way back has no atomics. A token finds its row in the buffer by a binary
-search among the K kept ones of its partition, so that nothing but ``index`` is needed.
+Each row is written once, by one program: the way back has no atomics, for a token is kept but once.
 
 Imported by `rows` where `fused.runs_on` says so, for it needs the package triton.
 """
@@ -70,25 +69,20 @@ def _gather(  # type: ignore[no-untyped-def]
     tl.store(value_out_ptr + to, tl.load(at, mask=read, other=0.0), mask=written)
 
 
-@triton.jit(do_not_specialize=["tokens", "partitions", "kept", "raw_row", "length", "skipped", "pieces", "steps"])
-def _scatter(  # type: ignore[no-untyped-def]
-    key_ptr,  # gradients of rows: [B, H, length, D]
+@triton.jit(do_not_specialize=["used", "rows", "skipped", "pieces"])
+def _add(  # type: ignore[no-untyped-def]
+    key_ptr,  # gradients of rows: [B, H, rows, D]
     value_ptr,
-    index_ptr,  # int64 [B, H, partitions * kept]
+    index_ptr,  # int64 [B, H, used - sink]
     piece_ptr,  # int32 [pieces, 2]: first row and number of rows of each piece before the buffer
-    key_out_ptr,
+    key_out_ptr,  # [B, H, tokens, D]
     value_out_ptr,
-    tokens,
     sink,
-    lag,
-    kept,
-    partitions,
-    raw_row,  # of the token raw_start
+    used,
     raw_start,
-    length,
+    rows,
     skipped,  # rows before the buffer
     pieces,
-    steps,  # that a search among `kept` takes
     key_batch,
     key_head,
     key_token,
@@ -102,50 +96,31 @@ def _scatter(  # type: ignore[no-untyped-def]
 ):
     pair = tl.program_id(1).to(tl.int64)  # of B * H
     batch, head = pair // HEADS, pair % HEADS
-    token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside = token < tokens
-
-    partition = (token - sink) // lag
-    ranked = inside & (token >= sink) & (partition < partitions)
-    index = index_ptr + pair * (partitions * kept)
-    low = tl.where(ranked, partition * kept, 0)
-    stop = tl.where(ranked, low + kept, 0)
-    high = stop
-    for _ in range(steps):
-        middle = (low + high) // 2
-        open = low < high
-        before = tl.load(index + middle, mask=open, other=0).to(tl.int32) < token
-        low = tl.where(open & before, middle + 1, low)
-        high = tl.where(open & (before == 0), middle, high)
-    found = ranked & (low < stop)
-    found = found & (tl.load(index + low, mask=found, other=-1).to(tl.int32) == token)
-    buffered = (inside & (token < sink)) | found
-    entry = tl.where(token < sink, token, sink + low)
+    entry = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    kept = (entry >= sink) & (entry < used)
+    picked = tl.load(index_ptr + pair * (used - sink) + entry - sink, mask=kept, other=0)
+    token = tl.where(entry < sink, entry.to(tl.int64), picked)
 
     dim = tl.arange(0, DIM_TILE)[None, :]
-    base = pair * length * DIM
-    real = dim < DIM
-    raw = base + (raw_row + token - raw_start).to(tl.int64)[:, None] * DIM + dim
-    has_raw = (inside & (token >= raw_start))[:, None] & real
-    key = tl.load(key_ptr + raw, mask=has_raw, other=0.0).to(tl.float32)
-    value = tl.load(value_ptr + raw, mask=has_raw, other=0.0).to(tl.float32)
+    real = (entry < used)[:, None] & (dim < DIM)
+    base = pair * rows * DIM
     at = base + (skipped + entry).to(tl.int64)[:, None] * DIM + dim
-    read = buffered[:, None] & real
-    key += tl.load(key_ptr + at, mask=read, other=0.0).to(tl.float32)
-    value += tl.load(value_ptr + at, mask=read, other=0.0).to(tl.float32)
+    key = tl.load(key_ptr + at, mask=real, other=0.0).to(tl.float32)
+    value = tl.load(value_ptr + at, mask=real, other=0.0).to(tl.float32)
     for piece in range(pieces):
         first, count = tl.load(piece_ptr + 2 * piece), tl.load(piece_ptr + 2 * piece + 1)
         at = base + (first + entry).to(tl.int64)[:, None] * DIM + dim
-        read = (buffered & (entry < count))[:, None] & real
+        read = real & (entry < count)[:, None]
         key += tl.load(key_ptr + at, mask=read, other=0.0).to(tl.float32)
         value += tl.load(value_ptr + at, mask=read, other=0.0).to(tl.float32)
 
-    written = inside[:, None] & real
-    token = token.to(tl.int64)
+    before = real & (token >= raw_start)[:, None]
     to = key_out_ptr + batch * key_batch + head * key_head + token[:, None] * key_token + dim
-    tl.store(to, key.to(key_out_ptr.dtype.element_ty), mask=written)
+    key += tl.load(to, mask=before, other=0.0).to(tl.float32)
+    tl.store(to, key.to(key_out_ptr.dtype.element_ty), mask=real)
     to = value_out_ptr + batch * value_batch + head * value_head + token[:, None] * value_token + dim
-    tl.store(to, value.to(value_out_ptr.dtype.element_ty), mask=written)
+    value += tl.load(to, mask=before, other=0.0).to(tl.float32)
+    tl.store(to, value.to(value_out_ptr.dtype.element_ty), mask=real)
 
 
 def gather(key: Tensor, value: Tensor, index: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
@@ -163,23 +138,20 @@ def gather(key: Tensor, value: Tensor, index: Tensor, plan: Plan) -> tuple[Tenso
     return out[0], out[1]
 
 
-def scatter(
-    grad_key: Tensor, grad_value: Tensor, key: Tensor, value: Tensor, index: Tensor, plan: Plan
-) -> tuple[Tensor, Tensor]:
-    """See `rows.scatter`; ``grad_key``, ``grad_value`` contiguous, as `gather` made the rows."""
+def add(
+    grad_key: Tensor, grad_value: Tensor, out_key: Tensor, out_value: Tensor, index: Tensor, plan: Plan
+) -> None:
+    """What `rows.scatter` adds to its ``of_raw``; ``grad_key``, ``grad_value`` as `gather` made the rows."""
     grad_key, grad_value, index = grad_key.contiguous(), grad_value.contiguous(), index.contiguous()
-    out = [torch.empty_like(_readable(x)) for x in (key, value)]
-    batch, heads, tokens, dim = key.shape
-    skipped = sum(plan.again)
-    partitions = plan.partitions if plan.kept else 0
-    with fused.on(key.device):
-        _scatter[(triton.cdiv(tokens, ROWS), batch * heads)](
-            grad_key, grad_value, index, _pieces(plan.again, key.device), *out, tokens, plan.sink, plan.lag, plan.kept,
-            partitions, skipped + plan.raw_offset, plan.raw_start, skipped + plan.length, skipped, len(plan.again),
-            plan.kept.bit_length(), *out[0].stride()[:3], *out[1].stride()[:3], HEADS=heads, DIM=dim,
-            DIM_TILE=triton.next_power_of_2(dim), ROWS=ROWS, num_warps=4,
+    batch, heads, rows, dim = grad_key.shape
+    if plan.used == 0:
+        return
+    with fused.on(grad_key.device):
+        _add[(triton.cdiv(plan.used, ROWS), batch * heads)](
+            grad_key, grad_value, index, _pieces(plan.again, grad_key.device), out_key, out_value, plan.sink, plan.used,
+            plan.raw_start, rows, sum(plan.again), len(plan.again), *out_key.stride()[:3], *out_value.stride()[:3],
+            HEADS=heads, DIM=dim, DIM_TILE=triton.next_power_of_2(dim), ROWS=ROWS, num_warps=4,
         )  # fmt: skip
-    return out[0], out[1]
 
 
 def _readable(x: Tensor) -> Tensor:

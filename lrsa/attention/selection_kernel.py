@@ -1,4 +1,4 @@
-"""The selection in three Triton kernels: LagKV's ranges and deviations, and the K best of each partition.
+"""The selection in two Triton kernels: LagKV's deviations, and the K best of each partition.
 
 What one program computes depends on its own partition and lag alone: a prompt read whole, in blocks or token by token
 keeps the same tokens. The PyTorch versions (`scorers.lag_relative`, `selection.best`) are the reference.
@@ -17,14 +17,14 @@ from torch import Tensor
 from lrsa.attention import fused
 
 TILE = 4096  # numbers that a program holds at once
-SHORT = 256  # tokens of a lag up to which a single warp finds its ranges: beyond, too few programs would be too slow
+WARPS = 4
 
 
 @triton.jit(do_not_specialize=["partitions", "begin"])
-def _range_of_lag(  # type: ignore[no-untyped-def]
+def _deviation(  # type: ignore[no-untyped-def]
     key_ptr,
     value_ptr,
-    out_ptr,  # float32 [2, B, H, P, 2, D]: of keys and values, the least of the lag and 1 / (most - least), or 0 and 0
+    out_ptr,  # float32 [2, B, H, P, L]
     partitions,
     begin,  # token of the first partition
     key_batch,
@@ -39,53 +39,9 @@ def _range_of_lag(  # type: ignore[no-untyped-def]
     DIM_TILE: tl.constexpr,
     ROWS: tl.constexpr,
 ):
+    # The lag of this partition is the partition of the next program, which runs beside this one: it is read from
+    # memory once, and from the L2 cache the second time.
     program = tl.program_id(0).to(tl.int64)  # of B * H * P
-    of_values = tl.program_id(1)
-    batch, head = program // partitions // HEADS, program // partitions % HEADS
-    first = begin + (program % partitions + 1) * LENGTH
-    if of_values == 0:
-        base, stride = key_ptr + batch * key_batch + head * key_head + first * key_token, key_token
-    else:
-        base, stride = value_ptr + batch * value_batch + head * value_head + first * value_token, value_token
-    row, dim = tl.arange(0, ROWS), tl.arange(0, DIM_TILE)
-    low = tl.full([ROWS, DIM_TILE], float("inf"), tl.float32)
-    high = tl.full([ROWS, DIM_TILE], -float("inf"), tl.float32)
-    for start in tl.range(0, LENGTH, ROWS):
-        inside = (start + row < LENGTH)[:, None] & (dim < DIM)[None, :]
-        at = base + (start + row)[:, None] * stride + dim[None, :]
-        x = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-        low = tl.minimum(low, tl.where(inside, x, float("inf")))
-        high = tl.maximum(high, tl.where(inside, x, -float("inf")))
-    least, most = tl.min(low, 0), tl.max(high, 0)
-    ranges = most - least >= 1.1754943508222875e-38  # float32's smallest normal number: not where the lag is constant
-    to = out_ptr + ((of_values * tl.num_programs(0) + program) * 2) * DIM + dim
-    tl.store(to, tl.where(ranges, least, 0.0), mask=dim < DIM)
-    tl.store(to + DIM, tl.where(ranges, 1.0 / tl.where(ranges, most - least, 1.0), 0.0), mask=dim < DIM)
-
-
-@triton.jit(do_not_specialize=["partitions", "begin"])
-def _deviation(  # type: ignore[no-untyped-def]
-    key_ptr,
-    value_ptr,
-    range_ptr,
-    out_ptr,  # float32 [2, B, H, P, L]
-    partitions,
-    begin,
-    key_batch,
-    key_head,
-    key_token,
-    value_batch,
-    value_head,
-    value_token,
-    HEADS: tl.constexpr,
-    LENGTH: tl.constexpr,
-    DIM: tl.constexpr,
-    DIM_TILE: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCKS: tl.constexpr,  # of a partition
-):
-    program = (tl.program_id(0) // BLOCKS).to(tl.int64)  # of B * H * P
-    token = tl.program_id(0) % BLOCKS * ROWS + tl.arange(0, ROWS)
     of_values = tl.program_id(1)
     batch, head = program // partitions // HEADS, program // partitions % HEADS
     first = begin + program % partitions * LENGTH
@@ -93,15 +49,29 @@ def _deviation(  # type: ignore[no-untyped-def]
         base, stride = key_ptr + batch * key_batch + head * key_head + first * key_token, key_token
     else:
         base, stride = value_ptr + batch * value_batch + head * value_head + first * value_token, value_token
-    dim = tl.arange(0, DIM_TILE)
-    which = of_values * (tl.num_programs(0) // BLOCKS) + program
-    least = tl.load(range_ptr + which * 2 * DIM + dim, mask=dim < DIM, other=0.0)
-    factor = tl.load(range_ptr + which * 2 * DIM + DIM + dim, mask=dim < DIM, other=0.0)
-    inside = (token < LENGTH)[:, None] & (dim < DIM)[None, :]
-    x = tl.load(base + token[:, None] * stride + dim[None, :], mask=inside, other=0.0).to(tl.float32)
-    scaled = (x - least[None, :]) * factor[None, :]
-    off = tl.where(inside, scaled - (tl.sum(scaled, 1) / DIM)[:, None], 0.0)
-    tl.store(out_ptr + which * LENGTH + token, tl.sqrt(tl.sum(off * off, 1) / (DIM - 1)), mask=token < LENGTH)
+    row, dim = tl.arange(0, ROWS), tl.arange(0, DIM_TILE)
+
+    lag = base + LENGTH * stride
+    low = tl.full([ROWS, DIM_TILE], float("inf"), tl.float32)
+    high = tl.full([ROWS, DIM_TILE], -float("inf"), tl.float32)
+    for start in tl.range(0, LENGTH, ROWS):
+        inside = (start + row < LENGTH)[:, None] & (dim < DIM)[None, :]
+        x = tl.load(lag + (start + row)[:, None] * stride + dim[None, :], mask=inside, other=0.0).to(tl.float32)
+        low = tl.minimum(low, tl.where(inside, x, float("inf")))
+        high = tl.maximum(high, tl.where(inside, x, -float("inf")))
+    least, most = tl.min(low, 0), tl.max(high, 0)
+    ranges = most - least >= 1.1754943508222875e-38  # float32's smallest normal number: not where the lag is constant
+    factor = tl.where(ranges, 1.0 / tl.where(ranges, most - least, 1.0), 0.0)
+    least = tl.where(ranges, least, 0.0)
+
+    out = out_ptr + (of_values * tl.num_programs(0) + program) * LENGTH
+    for start in tl.range(0, LENGTH, ROWS):
+        token = start + row
+        inside = (token < LENGTH)[:, None] & (dim < DIM)[None, :]
+        x = tl.load(base + token[:, None] * stride + dim[None, :], mask=inside, other=0.0).to(tl.float32)
+        scaled = (x - least[None, :]) * factor[None, :]
+        off = tl.where(inside, scaled - (tl.sum(scaled, 1) / DIM)[:, None], 0.0)
+        tl.store(out + token, tl.sqrt(tl.sum(off * off, 1) / (DIM - 1)), mask=token < LENGTH)
 
 
 @triton.jit
@@ -166,25 +136,16 @@ def deviations(
     """
     key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
     batch, heads, _, dim = key.shape
-    count, kinds = batch * heads * partitions, 1 + with_values
-    ranges = torch.empty((2, count, 2, dim), dtype=torch.float32, device=key.device)
     out = torch.empty((2, batch, heads, partitions, length), dtype=torch.float32, device=key.device)
     if out.numel() == 0:
         return out
     dim_tile = triton.next_power_of_2(dim)
-    longest = triton.next_power_of_2(length)
-    range_rows, warps = (TILE // 2, 1) if length <= SHORT else (TILE, 4)
-    strides = *key.stride()[:3], *value.stride()[:3]
-    range_rows, rows = (max(1, min(longest, tile // dim_tile)) for tile in (range_rows, TILE))
-    blocks = triton.cdiv(length, rows)
-    shape = {"HEADS": heads, "LENGTH": length, "DIM": dim, "DIM_TILE": dim_tile}
+    rows = max(1, min(triton.next_power_of_2(length), TILE // dim_tile))
     with fused.on(key.device):
-        _range_of_lag[(count, kinds)](
-            key, value, ranges, partitions, begin, *strides, **shape, ROWS=range_rows, num_warps=warps
-        )
-        _deviation[(count * blocks, kinds)](
-            key, value, ranges, out, partitions, begin, *strides, **shape, ROWS=rows, BLOCKS=blocks, num_warps=4
-        )
+        _deviation[(batch * heads * partitions, 1 + with_values)](
+            key, value, out, partitions, begin, *key.stride()[:3], *value.stride()[:3], HEADS=heads, LENGTH=length,
+            DIM=dim, DIM_TILE=dim_tile, ROWS=rows, num_warps=WARPS,
+        )  # fmt: skip
     return out
 
 

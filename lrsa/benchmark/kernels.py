@@ -108,8 +108,10 @@ def _timed(
 def row_passes(key: Tensor, value: Tensor, index: Tensor, layout: Layout) -> dict[str, Callable[[], object]]:
     """What flash4's passes do besides attending: the rows that the kernels read, and their gradients' way back."""
     forward, backward = (flash4.plan_of(key, index, layout, again) for again in ((), layout.again))
-    if layout.group is not None:  # Hopper's kernel reads raw keys where they are
-        forward = forward.without_raw()
+    of_raw = None
+    if layout.group is not None:  # Hopper's kernels read raw keys, and write their gradients, where they are
+        forward, backward = forward.without_raw(), backward.without_raw()
+        of_raw = torch.zeros_like(key), torch.zeros_like(value)
 
     def gather() -> object:
         with torch.no_grad():
@@ -118,7 +120,7 @@ def row_passes(key: Tensor, value: Tensor, index: Tensor, layout: Layout) -> dic
     def scatter() -> object:
         with torch.no_grad():
             made = rows.gather(key, value, index, backward)  # where the kernels put the gradients
-            return rows.scatter(*made, key, value, index, backward)
+            return rows.scatter(*made, key, value, index, backward, of_raw=of_raw)
 
     return {"rows_forward": gather, "rows_backward": scatter}
 

@@ -118,12 +118,19 @@ def hopper_forward(
     with_log_sum: bool,
 ) -> Tensor | None:
     """As `lrsa.attention.hopper.forward`: raw keys are not in the buffer, and what is beyond them reads as zeros."""
+    return forward(query, *_joined(buffer, raw, layout, 0), out, layout, scale, with_log_sum=with_log_sum)
+
+
+def _joined(
+    buffer: tuple[Tensor, Tensor], raw: tuple[Tensor, Tensor], layout: Layout, skipped: int
+) -> list[Tensor]:
+    """One tensor of rows each, of keys and of values."""
     rows = []
     for kept, rest in zip(buffer, raw, strict=True):
-        assert kept.shape[1] == layout.mask.raw_offset
-        tail = rest.new_zeros((len(rest), layout.length - kept.shape[1] - rest.shape[1], *rest.shape[2:]))
+        assert kept.shape[1] == skipped + layout.mask.raw_offset
+        tail = rest.new_zeros((len(rest), skipped + layout.length - kept.shape[1] - rest.shape[1], *rest.shape[2:]))
         rows.append(torch.cat([kept, rest, tail], 1))
-    return forward(query, *rows, out, layout, scale, with_log_sum=with_log_sum)
+    return rows
 
 
 def hopper_backward(
@@ -131,25 +138,28 @@ def hopper_backward(
     out: Tensor,
     grad_out: Tensor,
     grad_query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    buffer: tuple[Tensor, Tensor],
+    raw: tuple[Tensor, Tensor],
+    grad_raw: tuple[Tensor, Tensor],
     log_sum: Tensor,
     layout: Layout,
     scale: float,
 ) -> None:
     """As `lrsa.attention.hopper.backward`: the lists hold a group's heads one after the other."""
-    heads, count = key.shape[2], -(-query.shape[1] // layout.query_block)
+    heads, count = raw[0].shape[2], -(-query.shape[1] // layout.query_block)
     assert layout.group == query.shape[2] // heads
-    sums = [torch.zeros_like(key), torch.zeros_like(value)]
+    rows = _joined(buffer, raw, layout, layout.mask_backward.skipped)
+    sums = [torch.zeros_like(x) for x in rows]
     for head in range(query.shape[2] // heads):
         q, o, do, grad_q = (x.unflatten(2, (heads, -1))[:, :, :, head] for x in (query, out, grad_out, grad_query))
-        made = [key.clone(), value.clone()]
+        made = [x.clone() for x in rows]
         lists = layout._replace(backward=of_head(layout.backward, head, count))
         backward(q, o, do, grad_q, *made, log_sum.unflatten(1, (heads, -1))[:, :, head], lists, scale)
         for total, one in zip(sums, made, strict=True):
             total += one
-    key.copy_(sums[0])
-    value.copy_(sums[1])
+    for total, kept, rest in zip(sums, buffer, grad_raw, strict=True):
+        kept.copy_(total[:, : kept.shape[1]])
+        rest.copy_(total[:, kept.shape[1] : kept.shape[1] + rest.shape[1]])
 
 
 HOPPER = SimpleNamespace(forward=hopper_forward, backward=hopper_backward)

@@ -47,8 +47,8 @@ def compile_both(shape: tuple[int, int, int, int, int], rule: tuple[int, int, in
         buffer, raw = keys(layout.mask.raw_offset), keys(tokens - sink)
         forward(query, (buffer, buffer), (raw, raw), out, layout, 0.1, with_log_sum=True)
         grouped = grouped._replace(backward=fake(grouped.backward))
-        more = keys(grouped.length + grouped.mask_backward.skipped)
-        backward(query, out, grad_out, grad_query, more, more, log_sum, grouped, 0.1)
+        more = keys(grouped.mask.raw_offset + grouped.mask_backward.skipped)
+        backward(query, out, grad_out, grad_query, (more, more), (raw, raw), (raw, raw), log_sum, grouped, 0.1)
         flash4_kernels.backward(query, out, grad_out, grad_query, pieces, pieces, log_sum, layout, 0.1)
 
 

@@ -3,23 +3,26 @@
 The library takes a program for each block of keys and head of queries: a block of raw keys, which few queries see, is
 hardly begun when it ends, and what the heads of a group add to a key's gradient meets in float32 in memory, to be
 cleared before and rounded after. Here a program goes through the queries of the group's heads one after the other, and
-writes a key's gradient once. To the library the group looks like one head with that many times the rows.
+writes a key's gradient once. To the library the group looks like one head with that many times the rows. Raw keys are
+read, and their gradients written, where they are; to the library there are those of the buffer alone.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from cutlass import Int32, cute, pipeline
+from cutlass import Int32, const_expr, cute, pipeline
 from cutlass.cute.nvgpu import cpasync
 from flash_attn.cute.block_sparse_utils import produce_block_sparse_q_loads_bwd_sm90
 from flash_attn.cute.block_sparsity import BlockSparseTensors
 from flash_attn.cute.cute_dsl_utils import assume_tensor_aligned, to_cute_tensor
 from flash_attn.cute.flash_bwd_sm90 import FlashAttentionBackwardSm90
 from flash_attn.cute.interface import BwdConfig, _bwd_postprocess_convert, _bwd_preprocess, _tile_size_bwd_sm90
+from flash_attn.cute.named_barrier import NamedBarrierBwd
 from flash_attn.cute.testing import is_fake_mode
 from flash_attn.cute.tile_scheduler import SingleTileScheduler
 from flash_attn.cute.utils import AuxData
@@ -30,6 +33,7 @@ from torch import Tensor
 from lrsa.attention.blocks import Layout
 from lrsa.attention.hopper.launch import DTYPES, OPTIONS, aligned, broadcast, cached, expanded, on_its_device, stream
 from lrsa.attention.hopper.mask import BlockMask
+from lrsa.attention.hopper.tiles import OnGrid
 
 CHANNELS = 32  # of which the library's accumulators hold whole multiples
 
@@ -38,31 +42,41 @@ class Columns:
     """A program for each column: those of the buffer first, which are long, group of heads by group, then those of the
     raw keys, so that short ones fill what is left at the end.
 
-    With it go the queries and the output's gradient, of all heads of a group, to the warp that loads them, to which the
-    library's kernel hands nothing else.
+    With it goes to the warps that load and store what the library's kernel does not hand them: the queries and the
+    output's gradient, of all heads of a group, and the raw keys, values and gradients of both.
     """
 
     @dataclasses.dataclass
     class Params(ParamsBase):
         base: SingleTileScheduler.Params
+        columns: Int32
+        groups: Int32
+        batch: Int32
         buffered: Int32  # columns before the raw keys'
         tiles: Int32  # of a head
         query: cute.Tensor  # [rows, D, heads of a group, groups, batch]
         grad_out: cute.Tensor
+        raw_key: cute.Tensor  # [rows, D, groups, batch]
+        raw_value: cute.Tensor
+        raw_grad_key: cute.Tensor
+        raw_grad_value: cute.Tensor
         load_query: cute.CopyAtom
         load_grad_out: cute.CopyAtom
+        load_raw_key: cute.CopyAtom
+        load_raw_value: cute.CopyAtom
+        store_raw_grad_key: cute.CopyAtom
+        store_raw_grad_value: cute.CopyAtom
 
     @staticmethod
     def create(params: Any, ctx: object = None) -> SingleTileScheduler:
-        return SingleTileScheduler(params.base, _place(params.buffered))
+        return SingleTileScheduler(params.base, _place(params.columns, params.groups, params.batch, params.buffered))
 
 
 @cute.jit
-def _place(buffered):
+def _place(columns, groups, batch, buffered):
     """Column, group and row of the batch of this program."""
-    (x, y, z), (columns, groups, _) = cute.arch.block_idx(), cute.arch.grid_dim()
-    index = x + columns * (y + groups * z)
-    first = buffered * groups * cute.arch.grid_dim()[2]
+    index, _, _ = cute.arch.block_idx()
+    first = buffered * groups * batch
     width, before, skipped = buffered, Int32(0), Int32(0)
     if index >= first:
         width, before, skipped = columns - buffered, first, buffered
@@ -72,35 +86,40 @@ def _place(buffered):
 
 
 class Backward(FlashAttentionBackwardSm90):
-    """It is called as the library's for a single head in each group, with queries and the output's gradient as
-    auxiliary tensors, ``[B, R, H, G, D]``, and one scalar more: the tiles of a head. What stands in the place of
-    queries and gradient tells the number of all rows of a group, and is not read."""
+    """It is called as the library's for a single head in each group, with the keys of the buffer, and as auxiliary
+    tensors queries and the output's gradient ``[B, R, H, G, D]``, raw keys, values, and what their gradients are
+    written to, ``[B, R, H, D]``; with one scalar more: the tiles of a head. What stands in the place of queries and
+    gradient tells the number of all rows of a group, and is not read."""
 
     def __init__(self, *args: Any, mask: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.block_mask = mask
 
-    def kernel(self, *args: Any) -> Any:
+    def kernel(self, *args: Any) -> OnGrid:
         *front, params, scheduler, storage, aux_data, _, lists, group, sem_q, sem_k, sem_v, left, right = args
         assert scheduler is SingleTileScheduler, scheduler
-        made = [
-            cpasync.make_tiled_tma_atom(
-                cpasync.CopyBulkTensorTileG2SOp(),
-                assume_tensor_aligned(layout_utils.select(x, [1, 4, 3, 2, 0])),
-                cute.select(memory, mode=[0, 1]),
-                (self.tile_m, dim),
-            )
-            for x, memory, dim in zip(
-                aux_data.tensors, (self.sQ_layout, self.sdO_layout), (self.tile_hdim, self.tile_hdimv), strict=True
-            )
-        ]
+        load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
+        of_queries, of_keys = (self.tile_m, self.tile_hdim), (self.tile_n, self.tile_hdim)
+        kinds = (
+            (load, self.sQ_layout, of_queries), (load, self.sdO_layout, of_queries), (load, self.sK_layout, of_keys),
+            (load, self.sV_layout, of_keys), (store, self.sK_layout, of_keys), (store, self.sV_layout, of_keys),
+        )  # fmt: skip
+        made = []
+        for x, (operation, memory, tile) in zip(aux_data.tensors, kinds, strict=True):
+            order = [1, 4, 3, 2, 0] if cute.rank(x) == 5 else [1, 3, 2, 0]
+            tensor = assume_tensor_aligned(layout_utils.select(x, order))
+            made.append(cpasync.make_tiled_tma_atom(operation, tensor, cute.select(memory, mode=[0, 1]), tile))
         atoms, tensors = zip(*made, strict=True)
         *_, raw_offset, skipped, tiles = aux_data.scalars
-        own = Columns.Params(params, (skipped + raw_offset) // self.tile_n, tiles, *tensors, *atoms)
+        batch, groups, columns = lists.mask_block_cnt.shape
+        own = Columns.Params(
+            params, columns, groups, batch, (skipped + raw_offset) // self.tile_n, tiles, *tensors, *atoms
+        )
         aux_data = AuxData(None, aux_data.scalars)
-        return super().kernel(
+        launcher = super().kernel(
             *front, own, Columns, storage, aux_data, None, lists, group, sem_q, sem_k, sem_v, left, right
         )
+        return OnGrid(launcher, columns * groups * batch)
 
     @cute.jit
     def load(
@@ -132,10 +151,7 @@ class Backward(FlashAttentionBackwardSm90):
         one = cute.make_layout(1)
         extra = TileSchedulerCls.args[0]
         column, head, row, _ = TileSchedulerCls().initial_work_tile_info().tile_idx
-        gK = cute.local_tile(mK[None, None, head, row], (self.tile_n, self.tile_hdim), (column, 0))
-        gV = cute.local_tile(mV[None, None, head, row], (self.tile_n, self.tile_hdimv), (column, 0))
-        load_K, _, _ = copy_utils.tma_get_copy_fn(tma_atom_K, 0, one, gK, sK, single_stage=True)
-        load_V, _, _ = copy_utils.tma_get_copy_fn(tma_atom_V, 0, one, gV, sV, single_stage=True)
+        of_column = functools.partial(self.load_column, column, head, row, extra.buffered)
 
         def of_group(tensor, atom, memory, dim, barriers):
             """Loads a tile of the group's, which is one of its head's."""
@@ -161,8 +177,8 @@ class Backward(FlashAttentionBackwardSm90):
             pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.dO_stage),
             pipeline_Q,
             pipeline_dO,
-            load_K,
-            load_V,
+            functools.partial(of_column, (mK, extra.raw_key), (tma_atom_K, extra.load_raw_key), sK),
+            functools.partial(of_column, (mV, extra.raw_value), (tma_atom_V, extra.load_raw_value), sV),
             of_group(extra.query, extra.load_query, sQ, self.tile_hdim, pipeline_Q),
             of_group(extra.grad_out, extra.load_grad_out, sdO, self.tile_hdimv, pipeline_dO),
             of_rows(mLSE, sLSE, pipeline_Q),
@@ -175,11 +191,80 @@ class Backward(FlashAttentionBackwardSm90):
         )
 
     @cute.jit
+    def load_column(self, column, head, row, buffered, tensors, atoms, memory, tma_bar_ptr):
+        """Keys or values: ``tensors`` are those of the buffer and the raw ones, which follow ``buffered`` columns."""
+        if column < buffered:
+            self._load(tensors[0], atoms[0], memory, column, head, row, tma_bar_ptr)
+        else:
+            self._load(tensors[1], atoms[1], memory, column - buffered, head, row, tma_bar_ptr)
+
+    def _load(self, tensor, atom, memory, column, head, row, barrier):
+        tile = cute.local_tile(tensor[None, None, head, row], (self.tile_n, self.tile_hdim), (column, 0))
+        load, _, _ = copy_utils.tma_get_copy_fn(atom, 0, cute.make_layout(1), tile, memory, single_stage=True)
+        load(tma_bar_ptr=barrier)
+
+    @cute.jit
     def mma(self, *args, is_dQ_wg=True):
-        *front, _, tiles, aux_data, fastdiv, lists, group = args
+        """The library's, which hands on to `epilogue_dKV` what stands in the place of the keys' gradients."""
+        *mmas, mdK, mdV, sem_k, sem_v = args[:8]
+        *middle, store_K, store_V = args[8:23]
+        *last, _, tiles, aux_data, fastdiv, lists, group = args[23:]
+        extra = tiles.args[0]
         FlashAttentionBackwardSm90.mma(
-            self, *front, self.block_mask, tiles, aux_data, fastdiv, lists, group, is_dQ_wg=is_dQ_wg
-        )
+            self, *mmas, (mdK, extra.raw_grad_key, extra.buffered), (mdV, extra.raw_grad_value, extra.buffered), sem_k,
+            sem_v, *middle, (store_K, extra.store_raw_grad_key), (store_V, extra.store_raw_grad_value), *last,
+            self.block_mask, tiles, aux_data, fastdiv, lists, group, is_dQ_wg=is_dQ_wg,
+        )  # fmt: skip
+
+    @cute.jit
+    def epilogue_dKV(
+        self,
+        acc_dV,
+        grad_value,
+        sV,
+        acc_dK,
+        grad_key,
+        sK,
+        seqlen,
+        store_key,
+        store_value,
+        tiled_mma_dK,
+        tiled_mma_dV,
+        tidx,
+        column,
+        head,
+        row,
+        *unused,
+    ):
+        """The column's gradients, through the memory of its keys and values, to where they belong."""
+        written = pipeline.NamedBarrier(barrier_id=int(NamedBarrierBwd.Epilogue), num_threads=self.num_mma_threads)
+        written.arrive_and_wait()  # nobody reads keys or values any more
+        for grad, memory, mma in ((acc_dV, sV, tiled_mma_dV), (acc_dK, sK, tiled_mma_dK)):
+            seen = memory if const_expr(not self.dKV_swapAB) else layout_utils.transpose_view(memory)
+            copy, _, _ = copy_utils.get_smem_store_C(
+                mma, seen, tidx, transpose=self.dKV_swapAB, position_independent=True
+            )
+            copy(grad, dst_idx=None)
+        cute.arch.fence_view_async_shared()
+        written.arrive_and_wait()
+        if cute.arch.make_warp_uniform(cute.arch.warp_idx()) == 4:
+            self.store_column(column, head, row, grad_value, store_value, sV)
+            self.store_column(column, head, row, grad_key, store_key, sK)
+            cute.arch.cp_async_bulk_commit_group()
+
+    @cute.jit
+    def store_column(self, column, head, row, tensors, atoms, memory):
+        """The way back of `load_column`."""
+        of_buffer, raw, buffered = tensors
+        if column < buffered:
+            self._store(of_buffer, atoms[0], memory, column, head, row)
+        else:
+            self._store(raw, atoms[1], memory, column - buffered, head, row)
+
+    def _store(self, tensor, atom, memory, column, head, row):
+        tile = cute.local_tile(tensor[None, None, head, row], (self.tile_n, self.tile_hdim), (column, 0))
+        store, _, _ = copy_utils.tma_get_copy_fn(atom, 0, cute.make_layout(1), memory, tile, single_stage=True)
+        store()
 
 
 @on_its_device
@@ -188,16 +273,18 @@ def backward(
     out: Tensor,
     grad_out: Tensor,
     grad_query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    buffer: Sequence[Tensor],
+    raw: Sequence[Tensor],
+    grad_raw: Sequence[Tensor],
     log_sum: Tensor,
     layout: Layout,
     scale: float,
 ) -> None:
-    """Gradients: of ``query [B, R, Hq, D]`` to ``grad_query``; of ``key`` and ``value`` ``[B, N, H, D]``, which have
-    the layout's further pieces in front, into their own place. ``log_sum [B, Hq, R]``, as from the forward pass; the
-    layout is that of groups of Hq / H heads."""
+    """Gradients: of ``query [B, R, Hq, D]`` to ``grad_query``; of keys and values of the ``buffer`` ``[B, N, H, D]``,
+    which have the layout's further pieces in front, into their own place; of the ``raw`` ones ``[B, R, H, D]`` to
+    ``grad_raw``. ``log_sum [B, Hq, R]``, as from the forward pass; the layout is that of groups of Hq / H heads."""
     batch, rows, query_heads, dim = query.shape
+    key, value = buffer
     heads = key.shape[2]
     assert layout.group == query_heads // heads, (layout.group, query_heads, heads)
     config = _tile_size_bwd_sm90(dim, dim, False, False, sparse_block_size_q=layout.query_block)
@@ -207,7 +294,8 @@ def backward(
     def accumulator(*shape: int) -> Tensor:
         return query.new_empty(shape, dtype=torch.float32)
 
-    query, grad_out = aligned(query), aligned(grad_out)
+    query, grad_out, raw = aligned(query), aligned(grad_out), [aligned(x) for x in raw]
+    assert all(aligned(x) is x for x in grad_raw)
     grad_sum = accumulator(batch, query_heads, padded * wide)
     delta, log2_sum = (accumulator(batch, query_heads, padded) for _ in range(2))
     _bwd_preprocess(
@@ -222,7 +310,7 @@ def backward(
     scalars = tuple(Int32(n) for n in numbers)
     lists = expanded(layout.backward, batch, heads)
     tensors = unread, key, value, unread, *of_group, key, value
-    extra = [x.unflatten(2, (heads, -1)) for x in (query, grad_out)]
+    extra = [*(x.unflatten(2, (heads, -1)) for x in (query, grad_out)), *raw, *grad_raw]
     kernel = cached(
         "backward",
         (query.dtype, dim, mask.lag, mask.chunk, layout.query_block, *broadcast(*tensors, *extra, *lists)),

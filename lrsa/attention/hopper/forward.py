@@ -14,15 +14,17 @@ from typing import Any
 import cutlass
 import torch
 from cutlass import Int32, const_expr, cute, pipeline
-from cutlass.cute.nvgpu import cpasync
+from cutlass.cute.nvgpu import cpasync, warpgroup
+from cutlass.utils import LayoutEnum
 from flash_attn.cute import utils
 from flash_attn.cute.block_sparsity import BlockSparseTensors
 from flash_attn.cute.cute_dsl_utils import assume_tensor_aligned, get_num_sms_for_selection, to_cute_tensor
 from flash_attn.cute.flash_fwd_sm90 import FlashAttentionForwardSm90
+from flash_attn.cute.softmax import Softmax
 from flash_attn.cute.testing import is_fake_mode
 from flash_attn.cute.tile_scheduler import SingleTileScheduler
 from flash_attn.cute.utils import AuxData
-from quack import copy_utils, layout_utils
+from quack import copy_utils, layout_utils, sm90_utils
 from torch import Tensor
 
 from lrsa.attention.blocks import KEY_BLOCK, Layout
@@ -81,7 +83,7 @@ class Forward(FlashAttentionForwardSm90):
             "mbar_ptr_K": barriers(2 * self.num_stages),
             "mbar_ptr_V": barriers(2 * self.num_stages),
             "sV": memory(cute.cosize(self.sV_layout)),
-            "sQ": memory(2 * self.tile_m * self.tile_hdim),
+            "sQ": memory(3 * self.tile_m * self.tile_hdim),
             "sK": memory(cute.cosize(self.sK_layout)),
             "sP": memory(0),
         }
@@ -95,9 +97,14 @@ class Forward(FlashAttentionForwardSm90):
     def _written_threads(self) -> int:
         return self.num_mma_threads + cute.arch.WARP_SIZE
 
+    def _query_memory(self, first: cute.Tensor) -> cute.Tensor:
+        """Of two tiles, ``first`` that of the one."""
+        layout = sm90_utils.make_smem_layout(self.dtype, LayoutEnum.ROW_MAJOR, (self.tile_m, self.tile_hdim), 2)
+        return cute.make_tensor(first.iterator, layout.outer)
+
     def _output_memory(self, query_memory: cute.Tensor) -> cute.Tensor:
         """Behind the queries', of the same arrangement, for keys and values have one head dimension."""
-        return cute.make_tensor(query_memory.iterator + self.tile_m * self.tile_hdim, query_memory.layout)
+        return cute.make_tensor(query_memory.iterator + 2 * self.tile_m * self.tile_hdim, query_memory.layout)
 
     @cute.jit
     def load(
@@ -124,7 +131,7 @@ class Forward(FlashAttentionForwardSm90):
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp == LOAD_WARP:
             self.load_tiles(
-                mQ, mK, mV, sQ, sK, sV, tma_atom_Q, tma_atom_K, tma_atom_V, pipeline_k, pipeline_v, pipeline_q,
+                mQ, mK, mV, sQ, sK, sV, tma_atom_Q, tma_atom_K, tma_atom_V, pipeline_k, pipeline_v,
                 blocksparse_tensors, TileSchedulerCls,
             )  # fmt: skip
         if warp == STORE_WARP:
@@ -144,70 +151,82 @@ class Forward(FlashAttentionForwardSm90):
         tma_atom_V,
         pipeline_k,
         pipeline_v,
-        pipeline_q,
         lists,
         TileSchedulerCls,
     ):
-        """Keys of the tile's first block, queries, then each block's keys before the values of the one before it."""
-        one = cute.make_layout(1)
-        phase = Int32(1)
-        state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.num_stages)
+        """The keys of each block before the values of the one before it, from tile to tile without a gap.
+
+        Queries come with their tile's first keys. The memory they go to is that of the last tile but one, whose scores
+        are done where the place of these keys is free: it was that of the keys two blocks before.
+        """
+        key_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.num_stages)
+        value_state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Producer, self.num_stages)
         tiles = TileSchedulerCls()
         extra = tiles.params
+        keys = functools.partial(
+            self.load_block, pipeline_k, (mK, extra.raw_key), (tma_atom_K, extra.load_raw_key), sK, extra.buffered
+        )
+        values = functools.partial(
+            self.load_block, pipeline_v, (mV, extra.raw_value), (tma_atom_V, extra.load_raw_value), sV, extra.buffered
+        )
+        queries = self._query_memory(sQ)
+        place_of_queries, block, head_of_block, row_of_block = Int32(0), Int32(-1), Int32(0), Int32(0)
         work = tiles.initial_work_tile_info()
         while work.is_valid_tile:
             tile, head, row, _ = work.tile_idx
-            head_kv = head // self.qhead_per_kvhead
-            key_tile, value_tile = (self.tile_n, self.tile_hdim), (self.tile_n, self.tile_hdimv)
-            gQ = cute.local_tile(mQ[None, None, head, row], (self.tile_m, self.tile_hdim), (tile, 0))
-            gK = cute.local_tile(mK[None, None, head_kv, row], key_tile, (None, 0))
-            gV = cute.local_tile(mV[None, None, head_kv, row], value_tile, (None, 0))
-            raw_K = cute.local_tile(extra.raw_key[None, None, head_kv, row], key_tile, (None, 0))
-            raw_V = cute.local_tile(extra.raw_value[None, None, head_kv, row], value_tile, (None, 0))
-            load_Q, _, _ = copy_utils.tma_get_copy_fn(tma_atom_Q, 0, one, gQ, sQ, single_stage=True)
-            load_K, _, _ = copy_utils.tma_get_copy_fn(tma_atom_K, 0, one, gK, sK)
-            load_V, _, _ = copy_utils.tma_get_copy_fn(tma_atom_V, 0, one, gV, sV)
-            load_raw_K, _, _ = copy_utils.tma_get_copy_fn(extra.load_raw_key, 0, one, raw_K, sK)
-            load_raw_V, _, _ = copy_utils.tma_get_copy_fn(extra.load_raw_value, 0, one, raw_V, sV)
-            keys = tuple(copy_utils.tma_producer_copy_fn(f, pipeline_k) for f in (load_K, load_raw_K))
-            values = tuple(copy_utils.tma_producer_copy_fn(f, pipeline_v) for f in (load_V, load_raw_V))
-
             masked = lists.mask_block_cnt[row, head, tile]
             count = masked + lists.full_block_cnt[row, head, tile]
             masked_index = lists.mask_block_idx[row, head, tile, None]
             full_index = lists.full_block_idx[row, head, tile, None]
-            block = masked_index[masked - 1]  # there is one: a tile sees no more than itself of its own keys
-            pipeline_k.producer_acquire(state)
-            self.load_block(keys, block, extra.buffered, state)
-            pipeline_q.producer_acquire_w_index_phase(0, phase)
-            load_Q(tma_bar_ptr=pipeline_q.sync_object_full.get_barrier(0))
-            phase ^= 1
+            head_kv = head // self.qhead_per_kvhead
+
+            first = masked_index[masked - 1]  # there is one: a tile sees no more than itself of its own keys
+            pipeline_k.producer_acquire(key_state, extra_tx_count=self.tma_copy_bytes["Q"])
+            gQ = cute.local_tile(mQ[None, None, head, row], (self.tile_m, self.tile_hdim), (None, 0))
+            load_Q, _, _ = copy_utils.tma_get_copy_fn(tma_atom_Q, 0, cute.make_layout(1), gQ, queries)
+            load_Q(tile, place_of_queries, tma_bar_ptr=pipeline_k.producer_get_barrier(key_state))
+            keys(head_kv, row, first, key_state)
+            key_state.advance()
+            if block >= 0:
+                pipeline_v.producer_acquire(value_state)
+                values(head_of_block, row_of_block, block, value_state)
+                value_state.advance()
+            block, head_of_block, row_of_block = first, head_kv, row
+
             for place in cutlass.range(1, count, unroll=1):
                 following = Int32(0)
                 if place < masked:
                     following = masked_index[masked - 1 - place]
                 else:
                     following = full_index[count - 1 - place]
-                before = state.clone()
-                state.advance()
-                pipeline_k.producer_acquire(state)
-                self.load_block(keys, following, extra.buffered, state)
-                pipeline_v.producer_acquire(before)
-                self.load_block(values, block, extra.buffered, before)
+                pipeline_k.producer_acquire(key_state)
+                keys(head_kv, row, following, key_state)
+                key_state.advance()
+                pipeline_v.producer_acquire(value_state)
+                values(head_kv, row, block, value_state)
+                value_state.advance()
                 block = following
-            pipeline_v.producer_acquire(state)
-            self.load_block(values, block, extra.buffered, state)
-            state.advance()
+            place_of_queries ^= 1
             tiles.advance_to_next_work()
             work = tiles.get_current_work()
-        pipeline_v.producer_tail(state)
+        pipeline_v.producer_acquire(value_state)
+        values(head_of_block, row_of_block, block, value_state)
+        value_state.advance()
+        pipeline_v.producer_tail(value_state)
 
     @cute.jit
-    def load_block(self, loads, block, buffered, state):
+    def load_block(self, barriers, tensors, atoms, memory, buffered, head, row, block, state):
+        """A block of the buffer or, from ``buffered`` on, of the raw keys or values."""
         if block < buffered:
-            loads[0](src_idx=block, producer_state=state)
+            self.load_one(barriers, tensors[0], atoms[0], memory, head, row, block, state)
         else:
-            loads[1](src_idx=block - buffered, producer_state=state)
+            self.load_one(barriers, tensors[1], atoms[1], memory, head, row, block - buffered, state)
+
+    @cute.jit
+    def load_one(self, barriers, tensor, atom, memory, head, row, block, state):
+        blocks = cute.local_tile(tensor[None, None, head, row], (self.tile_n, self.tile_hdim), (None, 0))
+        load, _, _ = copy_utils.tma_get_copy_fn(atom, 0, cute.make_layout(1), blocks, memory)
+        copy_utils.tma_producer_copy_fn(load, barriers)(block, producer_state=state)
 
     @cute.jit
     def store_tiles(self, sO, TileSchedulerCls):
@@ -230,9 +249,129 @@ class Forward(FlashAttentionForwardSm90):
         cute.arch.cp_async_bulk_wait_group(0, read=True)  # before the program's memory goes
 
     @cute.jit
-    def mma(self, *args):
-        *front, info, _, tiles, lists, aux_data, fastdiv = args
-        FlashAttentionForwardSm90.mma(self, *front, info, self.block_mask, tiles, lists, aux_data, fastdiv)
+    def mma(
+        self,
+        tiled_mma_qk,
+        tiled_mma_pv,
+        mO,
+        mLSE,
+        sQ,
+        sK,
+        sVt,
+        sP,
+        sO,
+        learnable_sink,
+        pipeline_k,
+        pipeline_v,
+        pipeline_q,
+        gmem_tiled_copy_O,
+        tma_atom_O,
+        tidx,
+        softmax_scale_log2,
+        softmax_scale,
+        block_info,
+        SeqlenInfoCls,
+        AttentionMaskCls,
+        TileSchedulerCls,
+        lists,
+        aux_data,
+        fastdiv_mods,
+    ):
+        """As in the library a block's scores are begun together with the output of the block before it, here over the
+        edges of tiles too: the next tile's first scores with the last output of this one."""
+        group = cute.arch.make_warp_uniform(tidx // self.num_threads_per_warp_group)
+        of_groups = cute.make_layout(self.num_wg_mma, stride=self.num_threads_per_warp_group)
+        wg_mma_qk, wg_mma_pv = tiled_mma_qk.get_slice(of_groups(group)), tiled_mma_pv.get_slice(of_groups(group))
+        _, tSrQ, tSrK = sm90_utils.partition_fragment_ABC(
+            wg_mma_qk, (self.tile_m, self.tile_n, self.tile_hdim), self._query_memory(sQ), sK
+        )
+        scores_of = functools.partial(
+            sm90_utils.gemm_zero_init, tiled_mma_qk, (self.tile_m, self.tile_n), tSrQ, tSrK
+        )
+        acc_O, tOrP, tOrVt = sm90_utils.partition_fragment_ABC(
+            wg_mma_pv, (self.tile_m, self.tile_hdimv, self.tile_n), sP, sVt
+        )
+        add_output = functools.partial(sm90_utils.gemm_w_idx, tiled_mma_pv, acc_O, tOrP, tOrVt)
+        softmax = Softmax.create(softmax_scale_log2, num_rows=acc_O.shape[0][0] * acc_O.shape[1])
+        mask = functools.partial(
+            self.block_mask().mask_columns, thr_mma=tiled_mma_qk.get_slice(tidx), scalars=aux_data.scalars
+        )
+        self.mma_init()
+
+        tiles = TileSchedulerCls()
+        work = tiles.initial_work_tile_info()  # there is one for each program
+        state = pipeline.make_pipeline_state(pipeline.PipelineUserType.Consumer, self.num_stages)
+        place_of_queries = Int32(0)
+        tile, head, row, _ = work.tile_idx
+        state = self.first_half_block_overlap(
+            lists.mask_block_idx[row, head, tile, lists.mask_block_cnt[row, head, tile] - 1],
+            functools.partial(scores_of, A_idx=place_of_queries), state, pipeline_k, tOrP, None, softmax, None,
+            mask_fn=functools.partial(mask, m_block=tile), is_first_block=True,
+        )  # fmt: skip
+        while work.is_valid_tile:
+            tile, head, row, _ = work.tile_idx
+            masked = lists.mask_block_cnt[row, head, tile]
+            masked_index = lists.mask_block_idx[row, head, tile, None]
+            step = functools.partial(
+                self.mma_one_n_block_intrawg_overlap, mma_qk_fn=functools.partial(scores_of, A_idx=place_of_queries),
+                pipeline_k=pipeline_k, pipeline_v=pipeline_v, acc_O=acc_O, tOrP=tOrP, smem_copy_params=None,
+                softmax=softmax, seqlen=None,
+            )  # fmt: skip
+            begun = False
+            for place in cutlass.range(1, masked, unroll=1):
+                state = step(
+                    state, masked_index[masked - 1 - place], mma_pv_fn=functools.partial(add_output, zero_init=not begun),
+                    mask_fn=functools.partial(mask, m_block=tile),
+                )  # fmt: skip
+                begun = True
+            for _ in cutlass.range(lists.full_block_cnt[row, head, tile], unroll=1):
+                state = step(state, None, mma_pv_fn=functools.partial(add_output, zero_init=not begun))
+                begun = True
+            last_output = functools.partial(add_output, zero_init=not begun)
+            write = functools.partial(
+                self.epilogue, acc_O, mO=mO, mLSE=mLSE, sO=sO, seqlen=SeqlenInfoCls(row), gmem_tiled_copy_O=None,
+                tma_atom_O=None, tiled_mma=tiled_mma_pv, tidx=tidx, m_block=tile, head_idx=head, batch_idx=row,
+            )  # fmt: skip
+            tiles.advance_to_next_work()
+            work = tiles.get_current_work()
+            place_of_queries ^= 1
+            if work.is_valid_tile:
+                tile, head, row, _ = work.tile_idx
+                block = lists.mask_block_idx[row, head, tile, lists.mask_block_cnt[row, head, tile] - 1]
+                state = self.turn(
+                    state, functools.partial(scores_of, A_idx=place_of_queries), last_output,
+                    functools.partial(mask, m_block=tile, n_block=block), write, pipeline_k, pipeline_v, softmax, acc_O,
+                    tOrP,
+                )  # fmt: skip
+            else:
+                state = self.last_half_block_overlap(state, pipeline_v, last_output, zero_init=not begun)
+                softmax.rescale_O(acc_O, softmax.finalize())
+                write(softmax.row_sum)
+
+    @cute.jit
+    def turn(self, state, scores_of, last_output, mask, write, pipeline_k, pipeline_v, softmax, acc_O, tOrP):
+        """From a tile to the next: the last output of the one with the first scores of the other."""
+        of_values = state.clone()
+        state.advance()
+        pipeline_k.consumer_wait(state, pipeline_k.consumer_try_wait(state))  # and the queries
+        self.warp_scheduler_barrier_sync()
+        scores = scores_of(B_idx=state.index, wg_wait=-1)
+        pipeline_v.consumer_wait(of_values, pipeline_v.consumer_try_wait(of_values))
+        last_output(B_idx=of_values.index, wg_wait=-1)
+        self.warp_scheduler_barrier_arrive()
+        row_scale = softmax.finalize()
+        log_sum = cute.make_fragment_like(softmax.row_sum)
+        log_sum.store(softmax.row_sum.load())
+        warpgroup.wait_group(1)
+        pipeline_k.consumer_release(state)
+        mask(scores)
+        softmax.online_softmax(scores, is_first=True)
+        warpgroup.wait_group(0)
+        pipeline_v.consumer_release(of_values)
+        softmax.rescale_O(acc_O, row_scale)
+        write(log_sum)
+        utils.cvt_f16(layout_utils.reshape_acc_to_frgA(scores), tOrP)
+        return state
 
     @cute.jit
     def epilogue(

@@ -57,7 +57,7 @@ class BlockMask:
             if const_expr(self.transposed):
                 self._mask_rows(acc_S, m_block, n_block, thr_mma, aux_data.scalars)
             else:
-                self._mask_columns(acc_S, m_block, n_block, thr_mma, aux_data.scalars)
+                self.mask_columns(acc_S, n_block, m_block, thr_mma, aux_data.scalars)
 
     def _places(self, thr_mma: Any) -> tuple[Any, Any]:
         """Of this thread's scores, and of the first thread's, which the compiler knows: ``[rows, columns]``."""
@@ -69,8 +69,8 @@ class BlockMask:
         )  # type: ignore[return-value]
 
     @cute.jit
-    def _mask_columns(self, acc_S, m_block, n_block, thr_mma, scalars):
-        """Each row sees the first of the block's columns."""
+    def mask_columns(self, acc_S, n_block, m_block, thr_mma, scalars, mask_seqlen=None):
+        """Each row sees the first of the block's columns. ``mask_seqlen``: unused, as the library calls it."""
         scores = layout_utils.reshape_acc_to_mn(acc_S)
         places, _ = self._places(thr_mma)
         begin = n_block * self.tile_n + places[0, 0][1]  # this thread's first column
