@@ -16,9 +16,8 @@ import torch
 from packaging.version import Version
 from torch import Tensor
 
-from lrsa.attention import blocks, rows
+from lrsa.attention import blocks, rows, sinks
 from lrsa.attention.blocks import KEY_BLOCK, WALK, Layout, Walk
-from lrsa.attention.dense import attend_dense, attend_dense_backward
 from lrsa.attention.layout import Geometry
 from lrsa.attention.rows import Plan
 
@@ -138,8 +137,7 @@ class Attention(torch.autograd.Function):
         )  # fmt: skip
         out = out.transpose(1, 2)
         if sink:
-            q, k, v = (x[:, :, :sink] for x in (query, key, value))
-            out[:, :, :sink] = attend_dense(q, k, v, scale)
+            sinks.attend(*(x[:, :, :sink] for x in (query, key, value, out)), scale)
         ctx.layout, ctx.scale = layout, scale
         ctx.save_for_backward(query, key, value, index, gate, out, log_sum)
         return out
@@ -165,11 +163,8 @@ class Attention(torch.autograd.Function):
             kernels().backward(*ours, *buffer, log_sum, layout, ctx.scale)
         grad_key, grad_value, grad_gate = rows.scatter(*made, key, value, index, plan, gate, grads)
         if sink:
-            grad, q, k, v = (x[:, :, :sink] for x in (grad_out, query, key, value))
-            grad_q, grad_k, grad_v = attend_dense_backward(grad, q, k, v, ctx.scale)
-            grad_query[:, :, :sink] = grad_q
-            grad_key[:, :, :sink] += grad_k
-            grad_value[:, :, :sink] += grad_v
+            tensors = grad_out, query, key, value, grad_query, grad_key, grad_value
+            sinks.backward(*(x[:, :, :sink] for x in tensors), ctx.scale)
         return grad_query, grad_key, grad_value, None, grad_gate, None, None
 
 

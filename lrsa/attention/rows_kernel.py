@@ -138,9 +138,7 @@ def gather(key: Tensor, value: Tensor, index: Tensor, plan: Plan) -> tuple[Tenso
     return out[0], out[1]
 
 
-def add(
-    grad_key: Tensor, grad_value: Tensor, out_key: Tensor, out_value: Tensor, index: Tensor, plan: Plan
-) -> None:
+def add(grad_key: Tensor, grad_value: Tensor, out_key: Tensor, out_value: Tensor, index: Tensor, plan: Plan) -> None:
     """What `rows.scatter` adds to its ``of_raw``; ``grad_key``, ``grad_value`` as `gather` made the rows."""
     grad_key, grad_value, index = grad_key.contiguous(), grad_value.contiguous(), index.contiguous()
     batch, heads, rows, dim = grad_key.shape

@@ -17,7 +17,7 @@ from torch import Tensor
 from lrsa.attention import fused
 
 TILE = 4096  # numbers that a program holds at once
-WARPS = 4
+WARPS = 2  # of each program, which are many
 
 
 @triton.jit(do_not_specialize=["partitions", "begin"])
@@ -178,6 +178,6 @@ def _best(scores: Tensor, shape: torch.Size, count: int, position: int, value_we
     with fused.on(scores.device):
         _keep_best[(shape.numel() // length,)](
             scores, out, partitions, count, position, float(value_weight or 0), LENGTH=length, LENGTH_TILE=tile,
-            DEVIATIONS=value_weight is not None, WITH_VALUES=bool(value_weight), num_warps=4,
+            DEVIATIONS=value_weight is not None, WITH_VALUES=bool(value_weight), num_warps=WARPS,
         )  # fmt: skip
     return out

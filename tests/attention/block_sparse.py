@@ -121,9 +121,7 @@ def hopper_forward(
     return forward(query, *_joined(buffer, raw, layout, 0), out, layout, scale, with_log_sum=with_log_sum)
 
 
-def _joined(
-    buffer: tuple[Tensor, Tensor], raw: tuple[Tensor, Tensor], layout: Layout, skipped: int
-) -> list[Tensor]:
+def _joined(buffer: tuple[Tensor, Tensor], raw: tuple[Tensor, Tensor], layout: Layout, skipped: int) -> list[Tensor]:
     """One tensor of rows each, of keys and of values."""
     rows = []
     for kept, rest in zip(buffer, raw, strict=True):

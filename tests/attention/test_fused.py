@@ -1,4 +1,4 @@
-"""The Triton kernels of the selection and of the rows of keys, against their PyTorch versions.
+"""The Triton kernels of the selection, of the rows of keys and of the sinks, against their PyTorch versions.
 
 Without a GPU they run in Triton's interpreter: see `tests.attention.interpreter`.
 """
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lrsa.attention import SparseAttentionConfig, kept_tokens, rows, selection
 from lrsa.attention.blocks import KEY_BLOCK
+from lrsa.attention.dense import attend_dense
 from lrsa.attention.rows import Plan
 from lrsa.attention.scorers.lag_relative import lag_deviation
 from tests.attention.interpreter import on_gpu, run_in_a_process_of_its_own, skip_without
@@ -27,6 +28,7 @@ PLANS = {  # T, S, L, K, the first raw row's token, again
     "more sinks than a block": (560, 150, 64, 30, 150, (256,)),
     "one token kept": (333, 5, 48, 1, 5, ()),
 }
+SINKS = [(2, 4, 2, 1, 16), (1, 6, 2, 5, 24), (2, 3, 3, 16, 64), (1, 4, 1, 64, 128)]  # B, Hq, H, S, D
 
 
 def small() -> Tensor:
@@ -141,6 +143,47 @@ def check_rows(
         torch.testing.assert_close(found.double(), expected, **tolerance)
 
 
+def check_sinks(
+    shape: tuple[int, ...], device: str = "cpu", dtype: torch.dtype = torch.float32, *, channels_apart: bool = False
+) -> None:
+    """Against float64, rounded once; of longer rows, whose other tokens are left alone."""
+    from lrsa.attention import sinks_kernel
+
+    batch, query_heads, heads, sink, dim = shape
+    generator = torch.Generator().manual_seed(sink)
+
+    def noise(count: int) -> Tensor:
+        return torch.randn(batch, sink + 3, count, dim, generator=generator).to(device, dtype).transpose(1, 2)
+
+    query, key, value, grad = noise(query_heads), noise(heads), noise(heads), noise(query_heads)
+    if channels_apart:
+        key, grad = (x.mT.contiguous().mT for x in (key, grad))
+    made = [noise(n) for n in (query_heads, query_heads, heads, heads)]  # output, and gradients
+    before = [x.clone() for x in made]
+    first = [x[:, :, :sink] for x in (query, key, value, grad, *made)]
+    sinks_kernel.attend(*first[:3], first[4], 0.2)
+    sinks_kernel.backward(first[3], *first[:3], *first[5:], 0.2)
+
+    leaves = [x.double().requires_grad_() for x in first[:3]]
+    out = attend_dense(*leaves, 0.2)
+    exact = [out.detach(), *torch.autograd.grad(out, leaves, first[3].double())]
+    for found, old, expected, add in zip(made, before, exact, (False, False, True, True), strict=True):
+        if add:
+            expected = expected + old[:, :, :sink].double()
+        tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-2}
+        torch.testing.assert_close(found[:, :, :sink].double(), expected, **tolerance)
+        assert torch.equal(found[:, :, sink:], old[:, :, sink:])
+
+
+@pytest.mark.parametrize("shape", SINKS, ids=str)
+def test_interpreted_sinks(shape, interpreter):
+    check_sinks(shape)
+
+
+def test_interpreted_sinks_of_channels_that_lie_apart(interpreter):
+    check_sinks(SINKS[1], channels_apart=True)
+
+
 @pytest.mark.parametrize("name", PLANS)
 def test_interpreted_rows(name, interpreter):
     check_rows(name)
@@ -189,6 +232,13 @@ def test_best_on_a_gpu(shape):
 @pytest.mark.parametrize("name", PLANS)
 def test_rows_on_a_gpu(name, dtype):
     check_rows(name, "cuda", dtype)
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", SINKS, ids=str)
+def test_sinks_on_a_gpu(shape, dtype):
+    check_sinks(shape, "cuda", dtype)
 
 
 @on_gpu

@@ -35,6 +35,7 @@ from lrsa.attention.hopper.launch import DTYPES, OPTIONS, aligned, broadcast, ca
 from lrsa.attention.hopper.mask import BlockMask
 from lrsa.attention.hopper.tiles import OnGrid
 
+MIXED = 0.5
 CHANNELS = 32  # of which the library's accumulators hold whole multiples
 
 
@@ -53,6 +54,7 @@ class Columns:
         groups: Int32
         batch: Int32
         buffered: Int32  # columns before the raw keys'
+        mixed: Int32  # columns of raw keys that take turns with those of the buffer, of all groups
         tiles: Int32  # of a head
         query: cute.Tensor  # [rows, D, heads of a group, groups, batch]
         grad_out: cute.Tensor
@@ -69,20 +71,26 @@ class Columns:
 
     @staticmethod
     def create(params: Any, ctx: object = None) -> SingleTileScheduler:
-        return SingleTileScheduler(params.base, _place(params.columns, params.groups, params.batch, params.buffered))
+        index, _, _ = cute.arch.block_idx()
+        return SingleTileScheduler(
+            params.base, place(index, params.columns, params.groups, params.batch, params.buffered, params.mixed)
+        )
 
 
 @cute.jit
-def _place(columns, groups, batch, buffered):
-    """Column, group and row of the batch of this program."""
-    index, _, _ = cute.arch.block_idx()
+def place(index, columns, groups, batch, buffered, mixed):
+    """Column, group and row of the batch of a program."""
     first = buffered * groups * batch
-    width, before, skipped = buffered, Int32(0), Int32(0)
-    if index >= first:
-        width, before, skipped = columns - buffered, first, buffered
-    index -= before
-    of_all = index // width
-    return skipped + index % width, of_all % groups, of_all // groups
+    is_raw, of_kind = index % 2, index // 2
+    if index >= 2 * mixed:
+        is_raw, of_kind = Int32(0), index - mixed
+        if index >= first + mixed:
+            is_raw, of_kind = Int32(1), index - first
+    width, skipped = buffered, Int32(0)
+    if is_raw == 1:
+        width, skipped = columns - buffered, buffered
+    of_all = of_kind // width
+    return skipped + of_kind % width, of_all % groups, of_all // groups
 
 
 class Backward(FlashAttentionBackwardSm90):
@@ -110,10 +118,10 @@ class Backward(FlashAttentionBackwardSm90):
             tensor = assume_tensor_aligned(layout_utils.select(x, order))
             made.append(cpasync.make_tiled_tma_atom(operation, tensor, cute.select(memory, mode=[0, 1]), tile))
         atoms, tensors = zip(*made, strict=True)
-        *_, raw_offset, skipped, tiles = aux_data.scalars
+        *_, raw_offset, skipped, tiles, mixed = aux_data.scalars
         batch, groups, columns = lists.mask_block_cnt.shape
         own = Columns.Params(
-            params, columns, groups, batch, (skipped + raw_offset) // self.tile_n, tiles, *tensors, *atoms
+            params, columns, groups, batch, (skipped + raw_offset) // self.tile_n, mixed, tiles, *tensors, *atoms
         )
         aux_data = AuxData(None, aux_data.scalars)
         launcher = super().kernel(
@@ -306,7 +314,9 @@ def backward(
     of_group = [x.view(batch, heads, -1) for x in (log2_sum, delta, grad_sum)]
     unread = of_group[2].view(query.dtype).view(batch, heads, -1, 2 * wide).narrow(3, 0, dim).transpose(1, 2)
     mask = layout.mask_backward
-    numbers = mask.sink, mask.kept, mask.raw_offset, mask.skipped, padded // config.m_block_size
+    buffered = key.shape[1] // config.n_block_size
+    mixed = int(min(MIXED * (layout.backward.partial_count.shape[2] - buffered), buffered)) * heads * batch
+    numbers = mask.sink, mask.kept, mask.raw_offset, mask.skipped, padded // config.m_block_size, mixed
     scalars = tuple(Int32(n) for n in numbers)
     lists = expanded(layout.backward, batch, heads)
     tensors = unread, key, value, unread, *of_group, key, value
