@@ -317,10 +317,9 @@ class Forward(FlashAttentionForwardSm90):
             )  # fmt: skip
             begun = False
             for place in cutlass.range(1, masked, unroll=1):
-                state = step(
-                    state, masked_index[masked - 1 - place], mma_pv_fn=functools.partial(add_output, zero_init=not begun),
-                    mask_fn=functools.partial(mask, m_block=tile),
-                )  # fmt: skip
+                block = masked_index[masked - 1 - place]
+                output = functools.partial(add_output, zero_init=not begun)
+                state = step(state, block, mma_pv_fn=output, mask_fn=functools.partial(mask, m_block=tile))
                 begun = True
             for _ in cutlass.range(lists.full_block_cnt[row, head, tile], unroll=1):
                 state = step(state, None, mma_pv_fn=functools.partial(add_output, zero_init=not begun))
