@@ -167,7 +167,7 @@ def attend(
     out = torch.empty((batch, query.shape[1], 1, dim), dtype=query.dtype, device=query.device)
     if batch == 0 or slots == 0:
         return out.zero_()
-    dim_tile = max(16, triton.next_power_of_2(dim))
+    dim_tile = max(16, fused.power_of_2(dim))
     block = max(16, min(128, STAGE_BYTES // (2 * dim_tile * key.element_size())))
     splits = choose_splits(batch * heads, -(-slots // block), _multiprocessors(query.device))
     parts, sums = out, out
@@ -194,7 +194,7 @@ def attend(
             HEADS=heads,
             GROUP=group,
             DIM=dim,
-            GROUP_TILE=max(16, triton.next_power_of_2(group)),  # the least that a matrix instruction takes
+            GROUP_TILE=max(16, fused.power_of_2(group)),  # the least that a matrix instruction takes
             DIM_TILE=dim_tile,
             BLOCK=block,
             ONE_SHARE=splits == 1,

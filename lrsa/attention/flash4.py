@@ -106,6 +106,7 @@ class Chip(NamedTuple):
     hopper: bool
 
 
+@functools.cache  # asked in every layer
 def _chip(device: torch.device) -> Chip:
     properties = torch.cuda.get_device_properties(device)
     hopper = properties.major == 9
@@ -137,7 +138,7 @@ class Attention(torch.autograd.Function):
         )  # fmt: skip
         out = out.transpose(1, 2)
         if sink:
-            sinks.attend(*(x[:, :, :sink] for x in (query, key, value, out)), scale)
+            sinks.attend(query, key, value, out, sink, scale)
         ctx.layout, ctx.scale = layout, scale
         ctx.save_for_backward(query, key, value, index, gate, out, log_sum)
         return out
@@ -163,8 +164,7 @@ class Attention(torch.autograd.Function):
             kernels().backward(*ours, *buffer, log_sum, layout, ctx.scale)
         grad_key, grad_value, grad_gate = rows.scatter(*made, key, value, index, plan, gate, grads)
         if sink:
-            tensors = grad_out, query, key, value, grad_query, grad_key, grad_value
-            sinks.backward(*(x[:, :, :sink] for x in tensors), ctx.scale)
+            sinks.backward(grad_out, query, key, value, grad_query, grad_key, grad_value, sink, ctx.scale)
         return grad_query, grad_key, grad_value, None, grad_gate, None, None
 
 

@@ -26,11 +26,22 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+@functools.cache  # Triton itself asks when it is imported
 def interpreted() -> bool:
     """Whether Triton interprets kernels, on any device, instead of compiling them."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
 
 
+_HERE = contextlib.nullcontext()
+
+
 def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be the tensors'."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    """Kernels are launched on the current device, which need not be the tensors'. (Mostly it is, and setting it takes
+    as long as a launch.)"""
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    return torch.cuda.device(device) if elsewhere else _HERE
+
+
+def power_of_2(least: int) -> int:
+    """The next one. (Triton's own function is one of its language, and takes ten microseconds.)"""
+    return 1 << max(0, least - 1).bit_length()

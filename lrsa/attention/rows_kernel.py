@@ -130,10 +130,10 @@ def gather(key: Tensor, value: Tensor, index: Tensor, plan: Plan) -> tuple[Tenso
     length = sum(plan.again) + plan.length
     out = [x.new_empty((batch, heads, length, dim)) for x in (key, value)]
     with fused.on(key.device):
-        _gather[(triton.cdiv(length, ROWS), batch * heads)](
+        _gather[(-(-length // ROWS), batch * heads)](
             key, value, index, _firsts(plan.again, plan.length, key.device), *out, plan.tokens, plan.sink, plan.used,
             plan.raw_offset, plan.raw_start, length, *key.stride()[:3], *value.stride()[:3], HEADS=heads, DIM=dim,
-            DIM_TILE=triton.next_power_of_2(dim), ROWS=ROWS, PER_BLOCK=KEY_BLOCK, num_warps=4,
+            DIM_TILE=fused.power_of_2(dim), ROWS=ROWS, PER_BLOCK=KEY_BLOCK, num_warps=4,
         )  # fmt: skip
     return out[0], out[1]
 
@@ -145,10 +145,10 @@ def add(grad_key: Tensor, grad_value: Tensor, out_key: Tensor, out_value: Tensor
     if plan.used == 0:
         return
     with fused.on(grad_key.device):
-        _add[(triton.cdiv(plan.used, ROWS), batch * heads)](
+        _add[(-(-plan.used // ROWS), batch * heads)](
             grad_key, grad_value, index, _pieces(plan.again, grad_key.device), out_key, out_value, plan.sink, plan.used,
             plan.raw_start, rows, sum(plan.again), len(plan.again), *out_key.stride()[:3], *out_value.stride()[:3],
-            HEADS=heads, DIM=dim, DIM_TILE=triton.next_power_of_2(dim), ROWS=ROWS, num_warps=4,
+            HEADS=heads, DIM=dim, DIM_TILE=fused.power_of_2(dim), ROWS=ROWS, num_warps=4,
         )  # fmt: skip
 
 

@@ -139,8 +139,8 @@ def deviations(
     out = torch.empty((2, batch, heads, partitions, length), dtype=torch.float32, device=key.device)
     if out.numel() == 0:
         return out
-    dim_tile = triton.next_power_of_2(dim)
-    rows = max(1, min(triton.next_power_of_2(length), TILE // dim_tile))
+    dim_tile = fused.power_of_2(dim)
+    rows = max(1, min(fused.power_of_2(length), TILE // dim_tile))
     with fused.on(key.device):
         _deviation[(batch * heads * partitions, 1 + with_values)](
             key, value, out, partitions, begin, *key.stride()[:3], *value.stride()[:3], HEADS=heads, LENGTH=length,
@@ -174,7 +174,7 @@ def _best(scores: Tensor, shape: torch.Size, count: int, position: int, value_we
     out = torch.empty((*leading, partitions * count), dtype=torch.int64, device=scores.device)
     if out.numel() == 0:
         return out
-    tile = triton.next_power_of_2(length)
+    tile = fused.power_of_2(length)
     with fused.on(scores.device):
         _keep_best[(shape.numel() // length,)](
             scores, out, partitions, count, position, float(value_weight or 0), LENGTH=length, LENGTH_TILE=tile,

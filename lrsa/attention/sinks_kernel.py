@@ -1,20 +1,17 @@
 """`lrsa.attention.sinks` in two Triton kernels, one each way. Imported there, for it needs the package triton.
 
-Products are of float32 numbers: the sinks are few, and an exact kernel costs no more than a fast one's launch.
+Inputs of 16 bits are multiplied as tf32, which holds them exactly and weights as well as float16 does; float32 ones are
+not rounded.
 """
 
 from __future__ import annotations
 
+import torch
 import triton  # type: ignore
 import triton.language as tl  # type: ignore
 from torch import Tensor
 
 from lrsa.attention import fused
-
-
-@triton.jit
-def _dot(a, b):  # type: ignore[no-untyped-def]
-    return tl.dot(a, b, input_precision="ieee")
 
 
 @triton.jit
@@ -24,20 +21,20 @@ def _read(ptr, batch, head, of_batch, of_head, of_token, token, dim, real):  # t
 
 
 @triton.jit
-def _weights(query, key, token, sink, scale):  # type: ignore[no-untyped-def]
+def _weights(query, key, token, sink, scale, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
     """A causal softmax; rows that are not there see the first key."""
     seen = (token[None, :] <= token[:, None]) & (token[None, :] < sink)
-    logits = tl.where(seen, _dot(query, tl.trans(key)) * scale, -float("inf"))
+    logits = tl.where(seen, tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale, -float("inf"))
     weights = tl.exp(logits - tl.max(logits, 1)[:, None])
     return weights / tl.sum(weights, 1)[:, None]
 
 
 @triton.jit
 def _attend(  # type: ignore[no-untyped-def]
-    query_ptr,  # [B, Hq, S, D]
-    key_ptr,  # [B, H, S, D]
+    query_ptr,  # [B, Hq, T, D]
+    key_ptr,  # [B, H, T, D]
     value_ptr,
-    out_ptr,  # [B, Hq, S, D]
+    out_ptr,  # [B, Hq, T, D]
     scale,
     query_batch,
     query_head,
@@ -57,6 +54,7 @@ def _attend(  # type: ignore[no-untyped-def]
     DIM: tl.constexpr,
     TILE: tl.constexpr,
     DIM_TILE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)  # of B * Hq
     batch, head = program // HEADS, program % HEADS
@@ -65,7 +63,7 @@ def _attend(  # type: ignore[no-untyped-def]
     query = _read(query_ptr, batch, head, query_batch, query_head, query_token, token, dim, real)
     key = _read(key_ptr, batch, head // GROUP, key_batch, key_head, key_token, token, dim, real)
     value = _read(value_ptr, batch, head // GROUP, value_batch, value_head, value_token, token, dim, real)
-    out = _dot(_weights(query, key, token, SINK, scale), value)
+    out = tl.dot(_weights(query, key, token, SINK, scale, PRECISION), value, input_precision=PRECISION)
     to = out_ptr + batch * out_batch + head * out_head + token[:, None] * out_token + dim[None, :]
     tl.store(to, out.to(out_ptr.dtype.element_ty), mask=real)
 
@@ -107,6 +105,7 @@ def _backward(  # type: ignore[no-untyped-def]
     DIM: tl.constexpr,
     TILE: tl.constexpr,
     DIM_TILE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)  # of B * H: all heads of a group, whose gradients of keys add up
     batch, head = program // HEADS, program % HEADS
@@ -120,24 +119,30 @@ def _backward(  # type: ignore[no-untyped-def]
         mine = head * GROUP + member
         query = _read(query_ptr, batch, mine, query_batch, query_head, query_token, token, dim, real)
         grad = _read(grad_ptr, batch, mine, grad_batch, grad_head, grad_token, token, dim, real)
-        weights = _weights(query, key, token, SINK, scale)
-        of_weights = _dot(grad, tl.trans(value))
+        weights = _weights(query, key, token, SINK, scale, PRECISION)
+        of_weights = tl.dot(grad, tl.trans(value), input_precision=PRECISION)
         of_logits = weights * (of_weights - tl.sum(weights * of_weights, 1)[:, None]) * scale
-        of_key += _dot(tl.trans(of_logits), query)
-        of_value += _dot(tl.trans(weights), grad)
+        of_key += tl.dot(tl.trans(of_logits), query, input_precision=PRECISION)
+        of_value += tl.dot(tl.trans(weights), grad, input_precision=PRECISION)
         at = batch * grad_query_batch + mine * grad_query_head + token[:, None] * grad_query_token + dim[None, :]
-        tl.store(grad_query_ptr + at, _dot(of_logits, key).to(grad_query_ptr.dtype.element_ty), mask=real)
+        tl.store(
+            grad_query_ptr + at,
+            tl.dot(of_logits, key, input_precision=PRECISION).to(grad_query_ptr.dtype.element_ty),
+            mask=real,
+        )
     at = batch * grad_key_batch + head * grad_key_head + token[:, None] * grad_key_token + dim[None, :]
     tl.store(grad_key_ptr + at, of_key.to(grad_key_ptr.dtype.element_ty), mask=real)
     at = batch * grad_value_batch + head * grad_value_head + token[:, None] * grad_value_token + dim[None, :]
     tl.store(grad_value_ptr + at, of_value.to(grad_value_ptr.dtype.element_ty), mask=real)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, out: Tensor, scale: float) -> None:
+def attend(query: Tensor, key: Tensor, value: Tensor, out: Tensor, sink: int, scale: float) -> None:
     """See `sinks.attend`."""
     tensors = [*_readable(query, key, value), out]
     with fused.on(query.device):
-        _attend[(query.shape[0] * query.shape[1],)](*tensors, scale, *_strides(tensors), **_shape(query, key, query))
+        _attend[(query.shape[0] * query.shape[1],)](
+            *tensors, scale, *_strides(tensors), **_shape(query, key, query, sink)
+        )
 
 
 def backward(
@@ -148,12 +153,13 @@ def backward(
     grad_query: Tensor,
     grad_key: Tensor,
     grad_value: Tensor,
+    sink: int,
     scale: float,
 ) -> None:
     """See `sinks.backward`."""
     tensors = [*_readable(grad, query, key, value), grad_query, grad_key, grad_value]
     with fused.on(query.device):
-        _backward[(key.shape[0] * key.shape[1],)](*tensors, scale, *_strides(tensors), **_shape(query, key, key))
+        _backward[(key.shape[0] * key.shape[1],)](*tensors, scale, *_strides(tensors), **_shape(query, key, key, sink))
 
 
 def _readable(*tensors: Tensor) -> list[Tensor]:
@@ -165,10 +171,11 @@ def _strides(tensors: list[Tensor]) -> list[int]:
     return [stride for x in tensors for stride in x.stride()[:3]]
 
 
-def _shape(query: Tensor, key: Tensor, heads: Tensor) -> dict[str, int]:
-    sink, dim = query.shape[2:]
+def _shape(query: Tensor, key: Tensor, heads: Tensor, sink: int) -> dict[str, int | str]:
+    dim = query.shape[3]
+    precision = "ieee" if query.dtype == torch.float32 else "tf32"
     return {
         "SINK": sink, "HEADS": heads.shape[1], "GROUP": query.shape[1] // key.shape[1], "DIM": dim,
-        "TILE": max(16, triton.next_power_of_2(sink)), "DIM_TILE": max(16, triton.next_power_of_2(dim)),
-        "num_warps": 4,
+        "TILE": max(16, fused.power_of_2(sink)), "DIM_TILE": max(16, fused.power_of_2(dim)),
+        "PRECISION": precision, "num_warps": 4,
     }  # fmt: skip

@@ -160,13 +160,12 @@ def check_sinks(
         key, grad = (x.mT.contiguous().mT for x in (key, grad))
     made = [noise(n) for n in (query_heads, query_heads, heads, heads)]  # output, and gradients
     before = [x.clone() for x in made]
-    first = [x[:, :, :sink] for x in (query, key, value, grad, *made)]
-    sinks_kernel.attend(*first[:3], first[4], 0.2)
-    sinks_kernel.backward(first[3], *first[:3], *first[5:], 0.2)
+    sinks_kernel.attend(query, key, value, made[0], sink, 0.2)
+    sinks_kernel.backward(grad, query, key, value, *made[1:], sink, 0.2)
 
-    leaves = [x.double().requires_grad_() for x in first[:3]]
+    leaves = [x[:, :, :sink].double().requires_grad_() for x in (query, key, value)]
     out = attend_dense(*leaves, 0.2)
-    exact = [out.detach(), *torch.autograd.grad(out, leaves, first[3].double())]
+    exact = [out.detach(), *torch.autograd.grad(out, leaves, grad[:, :, :sink].double())]
     for found, old, expected, add in zip(made, before, exact, (False, False, True, True), strict=True):
         if add:
             expected = expected + old[:, :, :sink].double()

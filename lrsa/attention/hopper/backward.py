@@ -31,17 +31,29 @@ from quack.cute_dsl_utils import ParamsBase
 from torch import Tensor
 
 from lrsa.attention.blocks import Layout
-from lrsa.attention.hopper.launch import DTYPES, OPTIONS, aligned, broadcast, cached, expanded, on_its_device, stream
+from lrsa.attention.hopper.launch import (
+    DTYPES,
+    OPTIONS,
+    aligned,
+    broadcast,
+    cached,
+    expanded,
+    on_its_device,
+    scalars,
+    stream,
+)
 from lrsa.attention.hopper.mask import BlockMask
 from lrsa.attention.hopper.tiles import OnGrid
 
+# Of the raw keys' columns, which take turns with the buffer's: by themselves they wait for memory, each for queries
+# that none beside it reads. The others are the last, short enough to fill what long columns leave at the end.
 MIXED = 0.5
 CHANNELS = 32  # of which the library's accumulators hold whole multiples
 
 
 class Columns:
-    """A program for each column: those of the buffer first, which are long, group of heads by group, then those of the
-    raw keys, so that short ones fill what is left at the end.
+    """A program for each column, group of heads by group: those of the buffer, which are long, in turns with some of
+    the raw keys', and the rest of these at the end (`MIXED`).
 
     With it goes to the warps that load and store what the library's kernel does not hand them: the queries and the
     output's gradient, of all heads of a group, and the raw keys, values and gradients of both.
@@ -317,17 +329,16 @@ def backward(
     buffered = key.shape[1] // config.n_block_size
     mixed = int(min(MIXED * (layout.backward.partial_count.shape[2] - buffered), buffered)) * heads * batch
     numbers = mask.sink, mask.kept, mask.raw_offset, mask.skipped, padded // config.m_block_size, mixed
-    scalars = tuple(Int32(n) for n in numbers)
     lists = expanded(layout.backward, batch, heads)
     tensors = unread, key, value, unread, *of_group, key, value
     extra = [*(x.unflatten(2, (heads, -1)) for x in (query, grad_out)), *raw, *grad_raw]
     kernel = cached(
         "backward",
         (query.dtype, dim, mask.lag, mask.chunk, layout.query_block, *broadcast(*tensors, *extra, *lists)),
-        functools.partial(_compile, tensors, extra, lists, scalars, layout, config),
+        functools.partial(_compile, tensors, extra, lists, scalars(*numbers), layout, config),
     )  # fmt: skip
     if not fake:
-        kernel(*tensors, scale, *[None] * 9, AuxData(extra, scalars), (*lists, *[None] * 4), None)
+        kernel(*tensors, scale, *[None] * 9, AuxData(extra, scalars(*numbers)), (*lists, *[None] * 4), None)
 
     threads = 128 if config.dQ_single_wg else 128 * config.num_wg
     _bwd_postprocess_convert(
@@ -340,7 +351,7 @@ def _compile(
     tensors: tuple[Tensor, ...],
     extra: list[Tensor],
     lists: tuple[Tensor, ...],
-    scalars: tuple[Int32, ...],
+    numbers: tuple[Int32, ...],
     layout: Layout,
     config: BwdConfig,
 ) -> Any:
@@ -360,5 +371,5 @@ def _compile(
     of_lists = BlockSparseTensors(*(to_cute_tensor(x, assumed_align=4) for x in lists))
     return cute.compile(
         kernel, *[to_cute_tensor(x) for x in tensors], 1.0, *[None] * 9,
-        AuxData([to_cute_tensor(x) for x in extra], scalars), of_lists, None, stream(), options=OPTIONS,
+        AuxData([to_cute_tensor(x) for x in extra], numbers), of_lists, None, stream(), options=OPTIONS,
     )  # fmt: skip

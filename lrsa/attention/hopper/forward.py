@@ -28,7 +28,17 @@ from quack import copy_utils, layout_utils, sm90_utils
 from torch import Tensor
 
 from lrsa.attention.blocks import KEY_BLOCK, Layout
-from lrsa.attention.hopper.launch import DTYPES, OPTIONS, aligned, broadcast, cached, expanded, on_its_device, stream
+from lrsa.attention.hopper.launch import (
+    DTYPES,
+    OPTIONS,
+    aligned,
+    broadcast,
+    cached,
+    expanded,
+    on_its_device,
+    scalars,
+    stream,
+)
 from lrsa.attention.hopper.mask import BlockMask
 from lrsa.attention.hopper.tiles import OnGrid, Snake
 
@@ -430,7 +440,6 @@ def forward(
     query, raw = aligned(query), [aligned(x) for x in raw]
     log_sum = query.new_empty((batch, heads, rows), dtype=torch.float32) if with_log_sum else None
     numbers = mask.sink, mask.kept, mask.raw_offset, mask.skipped, mask.raw_offset // KEY_BLOCK
-    scalars = tuple(Int32(n) for n in numbers)
     lists = expanded(layout.forward, batch, heads)
     tensors = query, key, value, out, *raw
     processors = get_num_sms_for_selection(query.device.index, 90)
@@ -438,12 +447,12 @@ def forward(
         "forward",
         (query.dtype, dim, heads // key.shape[2], mask.lag, mask.chunk, with_log_sum, processors,
          *broadcast(*tensors, *lists)),
-        functools.partial(_compile, tensors, log_sum, lists, scalars, layout, processors),
+        functools.partial(_compile, tensors, log_sum, lists, scalars(*numbers), layout, processors),
     )  # fmt: skip
     if not is_fake_mode():
         kernel(
-            query, key, value, out, log_sum, scale, *[None] * 8, (*lists, *[None] * 4), AuxData([*raw], scalars),
-            None, None,
+            query, key, value, out, log_sum, scale, *[None] * 8, (*lists, *[None] * 4),
+            AuxData([*raw], scalars(*numbers)), None, None,
         )  # fmt: skip
     return log_sum
 
@@ -452,7 +461,7 @@ def _compile(
     tensors: tuple[Tensor, ...],
     log_sum: Tensor | None,
     lists: tuple[Tensor, ...],
-    scalars: tuple[Int32, ...],
+    numbers: tuple[Int32, ...],
     layout: Layout,
     processors: int,
 ) -> Any:
@@ -470,5 +479,5 @@ def _compile(
     of_lists = BlockSparseTensors(*(to_cute_tensor(x, assumed_align=4) for x in lists))
     return cute.compile(
         kernel, *own, to_cute_tensor(log_sum, assumed_align=4), 1.0, *[None] * 8, of_lists,
-        AuxData([raw_key, raw_value], scalars), None, None, stream(), options=OPTIONS,
+        AuxData([raw_key, raw_value], numbers), None, None, stream(), options=OPTIONS,
     )  # fmt: skip

@@ -10,11 +10,11 @@ from typing import Any
 
 import cutlass
 import torch
-from cutlass import cute
+from cutlass import Int32, cute
 from flash_attn.cute.cache_utils import JITCache, get_jit_cache
 from torch import Tensor
 
-from lrsa.attention import blocks
+from lrsa.attention import blocks, fused
 from lrsa.attention.blocks import Lists
 
 DTYPES = {torch.bfloat16: cutlass.BFloat16, torch.float16: cutlass.Float16}
@@ -49,10 +49,15 @@ def on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def run(first: Tensor, *args: Any, **kwargs: Any) -> Any:
-        with torch.cuda.device(first.device):
+        with fused.on(first.device):
             return function(first, *args, **kwargs)
 
     return run
+
+
+@functools.lru_cache(maxsize=1024)
+def scalars(*numbers: int) -> tuple[Int32, ...]:
+    return tuple(Int32(n) for n in numbers)
 
 
 def stream() -> Any:
@@ -66,8 +71,9 @@ def expanded(lists: Lists, batch: int, heads: int) -> tuple[Tensor, ...]:
 
 
 def broadcast(*tensors: Tensor) -> tuple[Hashable, ...]:
-    """Dimensions of stride 0, which are compiled in."""
-    return tuple(tuple(n for n, stride in enumerate(x.stride()) if stride == 0) for x in tensors)
+    """Which tensors have dimensions of stride 0, and which: these are compiled in."""
+    strides = enumerate(x.stride() for x in tensors)
+    return tuple((i, *(n for n, s in enumerate(stride) if s == 0)) for i, stride in strides if 0 in stride)
 
 
 def aligned(x: Tensor) -> Tensor:
