@@ -37,7 +37,7 @@ MODES = {"kernels": _kernels, "step": step.run, "generate": generate.run}
 @hydra.main(config_path=str(config_dir()), config_name="bench", version_base=None)
 def main(config: DictConfig) -> None:
     conf = cast(BenchConf, OmegaConf.to_object(config))
-    records = load_records(*conf.records) if conf.records else [run(conf)]
+    records = load_records(*conf.records, unfinished=True) if conf.records else [run(conf)]
     reports = of_records(records)
     for item in reports:
         Console(width=None if sys.stdout.isatty() else 180).print(item.to_console())

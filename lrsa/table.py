@@ -49,12 +49,12 @@ def build(conf: TableConf, rebuild: str = "lrsa-table") -> Made:
     folder = Path(conf.output or "tables")
     said = ""
     if conf.store is None:
-        records = load_records(*conf.records, study=conf.study)
+        records = load_records(*conf.records, study=conf.study, unfinished=conf.benchmark)
     else:
         from lrsa.results.gathered import gather  # pyarrow takes its time to import
 
         every, read = gather(conf.records, conf.store)
-        records = choose(every, conf.records, study=conf.study)
+        records = choose(every, conf.records, study=conf.study, unfinished=conf.benchmark)
         said = f"store {conf.store}: {len(every)} records, {read} of them read anew"
     if conf.benchmark:
         return _benchmarks(conf, records, folder, rebuild)

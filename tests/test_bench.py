@@ -9,7 +9,9 @@ import json
 import subprocess
 import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +28,7 @@ from lrsa.benchmark.report import of_records, report
 from lrsa.benchmark.timing import compare
 from lrsa.config import BenchConf, config_dir
 from lrsa.models import build_model
+from lrsa.results.store import load_records
 from lrsa.training import compiling
 
 TINY = ["lengths=[200]", "lags=[16]", "sink_size=4", "head_dim=16", "query_heads=4", "key_value_heads=2", "rounds=2"]
@@ -157,6 +160,18 @@ def test_the_gate_passes_every_backend_of_a_cpu(dtype: str, tmp_path: Path) -> N
     for backend in ("gather", "reference"):
         error, allowed = kernels.gate(conf, config, backend, torch.device("cpu"))
         assert error <= allowed, backend
+
+
+def test_a_run_that_was_cut_off_shows_what_it_had_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def dies_at_the_second(conf: object, device: object) -> Iterator[dict[str, Any]]:
+        yield next(kernels.run(configured(tmp_path), torch.device("cpu")))
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(bench.MODES, "kernels", dies_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        bench.run(configured(tmp_path))
+    (shown,) = of_records(load_records(tmp_path, unfinished=True))
+    assert shown.title.endswith(", cut off") and len(shown.rows) == 1
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["", "compiled"])

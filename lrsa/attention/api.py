@@ -21,10 +21,10 @@ from lrsa.attention.straight_through import gate as selection_gate
 
 log = logging.getLogger(__name__)
 BACKENDS = ("auto", "reference", "gather", "flex", "flash4")
-# Pairs of a batch's rows times channels, B Hq T T D: about 2 ms of dense attention, forward and backward, on an H100.
-# Below, flash4's launches, some milliseconds of Python a layer through the library's interface, took longer than its
-# kernels save; not measured since Hopper's are called directly.
-FLASH4_FROM = 2e11
+# Pairs of a batch's rows times channels, B Hq T T D: 4,096 tokens of 32 heads of 128, where flash4's kernels take less
+# than dense attention's by far. At half of it, 8,192 tokens of SmolLM2's shape, the step waits for its launches
+# (experiments/benchmark), and FlexAttention's is shorter.
+FLASH4_FROM = 6e10
 SHORT_PROMPT = 2048  # tokens; below, compiling FlexAttention takes longer than many passes through gather
 
 

@@ -22,7 +22,9 @@ from lrsa.attention.layout import Geometry
 from lrsa.attention.rows import Plan
 
 OLDEST = "4.0.0b36"  # its scalars of a mask came with a beta, and its private functions are called
-LARGEST_HEAD = 128  # beyond, the backward kernel has blocks of other sizes
+# Where the kernels were tried. The library takes others too, but at 40 its block-sparse backward pass gave wrong
+# gradients of queries (it sizes their sums by 32 channels and seems to walk them by 16); beyond 128 blocks are others.
+HEADS = (64, 128)
 ARCHITECTURES = (9, 10)  # Hopper, Blackwell
 
 
@@ -45,8 +47,8 @@ def obstacle(query: Tensor) -> str | None:
     cast = query.dtype == torch.float32 and torch.is_autocast_enabled("cuda")
     if query.dtype not in (torch.bfloat16, torch.float16) and not cast:
         return f"flash-attn-4 computes in bfloat16 or float16, the tensors are {query.dtype}"
-    if query.shape[-1] % 8 or query.shape[-1] > LARGEST_HEAD:
-        return f"it needs a head dimension of 8, 16, .. {LARGEST_HEAD}, this is {query.shape[-1]}"
+    if query.shape[-1] not in HEADS:
+        return f"it was tried with head dimensions of {' and '.join(map(str, HEADS))}, this is {query.shape[-1]}"
     major, minor = torch.cuda.get_device_capability(query.device)
     if major not in ARCHITECTURES:
         return f"its block-sparse backward is for compute capability 9 and 10, this GPU has {major}.{minor}"
@@ -95,7 +97,7 @@ def suits_hopper(geometry: Geometry, group: int, dim: int) -> bool:
     block of queries sees raw begins with a block of keys, there is something in the buffer, and heads are in groups,
     but not in large ones: the backward pass reads the buffer once more for each head."""
     aligned = geometry.lag % KEY_BLOCK == 0 and geometry.chunk % KEY_BLOCK == 0
-    return 1 < group <= 8 and dim in (64, 128) and aligned and geometry.sink + geometry.kept > 0
+    return 1 < group <= 8 and dim in HEADS and aligned and geometry.sink + geometry.kept > 0
 
 
 class Chip(NamedTuple):

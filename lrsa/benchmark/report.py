@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +40,14 @@ def report(mode: str, config: Mapping[str, Any], rows: Sequence[Mapping[str, Any
 
 
 def of_records(records: Sequence[Record]) -> list[Report]:
-    """The tables of those records that are of `lrsa-bench`, one each."""
-    return [_of_record(record) for record in records if record.command == "lrsa-bench"]
+    """The tables of those records that are of `lrsa-bench`, one each. Of a run that was cut off, the rows until then:
+    each was gated and timed by itself."""
+    return [_of_record(r) for r in records if r.command == "lrsa-bench" and (r.metrics or {}).get("rows")]
 
 
 def _of_record(record: Record) -> Report:
-    return report(record.config["mode"], record.config, record.metrics["rows"], device_of(record))
+    made = report(record.config["mode"], record.config, record.metrics["rows"], device_of(record))
+    return made if record.status == "finished" else replace(made, title=f"{made.title}, cut off")
 
 
 def device_of(record: Record) -> str:
