@@ -24,11 +24,12 @@ from lrsa.attention import SparseAttentionConfig, blocks, decode, flash4
 from lrsa.attention.selection import select
 from lrsa.benchmark import dense, engines, filled, generate, kernels, peers
 from lrsa.benchmark import report as report_module
+from lrsa.benchmark.figure import speed_figure
 from lrsa.benchmark.report import of_records, report
 from lrsa.benchmark.timing import compare
 from lrsa.config import BenchConf, config_dir
 from lrsa.models import build_model
-from lrsa.results.store import load_records
+from lrsa.results.store import UnfinishedRecord, load_records
 from lrsa.training import compiling
 
 TINY = ["lengths=[200]", "lags=[16]", "sink_size=4", "head_dim=16", "query_heads=4", "key_value_heads=2", "rounds=2"]
@@ -162,7 +163,10 @@ def test_the_gate_passes_every_backend_of_a_cpu(dtype: str, tmp_path: Path) -> N
         assert error <= allowed, backend
 
 
-def test_a_run_that_was_cut_off_shows_what_it_had_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("status", ["failed", "running"])
+def test_a_run_that_did_not_end_shows_what_it_had_measured(
+    status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def dies_at_the_second(conf: object, device: object) -> Iterator[dict[str, Any]]:
         yield next(kernels.run(configured(tmp_path), torch.device("cpu")))
         raise KeyboardInterrupt
@@ -170,8 +174,17 @@ def test_a_run_that_was_cut_off_shows_what_it_had_measured(tmp_path: Path, monke
     monkeypatch.setitem(bench.MODES, "kernels", dies_at_the_second)
     with pytest.raises(KeyboardInterrupt):
         bench.run(configured(tmp_path))
-    (shown,) = of_records(load_records(tmp_path, unfinished=True))
-    assert shown.title.endswith(", cut off") and len(shown.rows) == 1
+    records = load_records(tmp_path, unfinished=True)
+    assert records[0].status == "failed"
+    records[0].status = status  # that of a process that was killed
+    (shown,) = of_records(records)
+    assert shown.title.endswith(", failed" if status == "failed" else ", cut off or still running")
+    assert len(shown.rows) == 1
+    with pytest.raises(ValueError, match="finished run"):
+        speed_figure(records)
+    records[0].metrics = {}
+    with pytest.warns(UnfinishedRecord, match="without a row"):
+        assert of_records(records) == []
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["", "compiled"])

@@ -2,7 +2,8 @@
 
 `api` validates and dispatches; `config` and `layout` fix the function; `scorers` rank, `selection` picks; `reference`,
 `gather`, `flex` and `flash4` compute it, `once` under its own schedule; `blocks` and `rows` are what block-sparse
-kernels read, `fused` says where this project's own kernels run (`selection_kernel`, `rows_kernel`, `decode_kernel`);
+kernels read, `sinks` what they leave out, `hopper` such kernels; `fused` says where this project's own ones in Triton
+run (`selection_kernel`, `rows_kernel`, `sinks_kernel`, `decode_kernel`);
 `documents` handles padding and packing, `prompts` knows where a prompt ends; `huggingface` is the bridge to
 transformers, `compiled` and `operators` are what of it a compiled layer traces.
 """

@@ -21,10 +21,11 @@ from lrsa.attention.straight_through import gate as selection_gate
 
 log = logging.getLogger(__name__)
 BACKENDS = ("auto", "reference", "gather", "flex", "flash4")
-# Pairs of a batch's rows times channels, B Hq T T D: 4,096 tokens of 32 heads of 128, where flash4's kernels take less
-# than dense attention's by far. At half of it, 8,192 tokens of SmolLM2's shape, the step waits for its launches
+# Pairs of a batch's rows times channels, B Hq T T D: 4,096 tokens of 32 heads of 128, where our kernels on Hopper take
+# less than dense attention's by far. At half of it, 8,192 tokens of SmolLM2's shape, the step waits for their launches
 # (experiments/benchmark), and FlexAttention's is shorter.
 FLASH4_FROM = 6e10
+LIBRARYS_FROM = 2e11  # where flash4 is the library's kernels as they come, through whose interface a call takes longer
 SHORT_PROMPT = 2048  # tokens; below, compiling FlexAttention takes longer than many passes through gather
 
 
@@ -81,7 +82,7 @@ def sparse_attention(
         rows = once.find_rows(prompt_lengths, document_ids, key.shape[0], key.shape[2])
         return _attend_once(query, key, value, config, rows, kept, layer_idx, document_ids, scale, backend)
     layer = config.for_layer(layer_idx)
-    backend = choose_backend(backend, query, document_ids, layer)
+    backend = choose_backend(backend, query, document_ids, layer, key.shape[1])
     if kept is not None and layer is not None:
         _check_counts(kept, config, document_ids)
     if backend == "reference":
@@ -227,8 +228,11 @@ def choose_backend(
     query: Tensor,
     document_ids: Tensor | None = None,
     config: SparseAttentionConfig | None = None,
+    heads: int | None = None,
 ) -> str:
     """``auto`` resolved; an explicit backend that cannot run here or compute ``config`` is an error that says why.
+
+    ``heads``: of keys and values, of whose groups and the config's geometry the fastest depends.
 
     Raises:
         ValueError: as said.
@@ -244,12 +248,14 @@ def choose_backend(
     if backend in kernels and (obstacle := kernels[backend].obstacle(query)):
         raise ValueError(f"backend={backend!r} cannot run here: {obstacle}; use 'gather' or 'auto'")
     if backend == "auto":
-        backend, reason = _fastest(query, document_ids)
+        backend, reason = _fastest(query, document_ids, None if config is None else config.geometry, heads)
         log.debug("auto picked %s: %s", backend, reason)
     return backend
 
 
-def _fastest(query: Tensor, document_ids: Tensor | None) -> tuple[str, str]:
+def _fastest(
+    query: Tensor, document_ids: Tensor | None, geometry: Geometry | None, heads: int | None
+) -> tuple[str, str]:
     """Which backend is measured to be the fastest (experiments/benchmark), and why."""
     if obstacle := flex.obstacle(query):
         return "gather", obstacle
@@ -259,10 +265,15 @@ def _fastest(query: Tensor, document_ids: Tensor | None) -> tuple[str, str]:
     if not torch.is_grad_enabled() and tokens < SHORT_PROMPT:
         return "gather", f"a prompt of {tokens} tokens, below {SHORT_PROMPT}, is read before a kernel is compiled"
     work = batch * heads * tokens * tokens * dim
-    if work < FLASH4_FROM:
-        return "flex", f"B Hq T T D = {work:.0e}, from {FLASH4_FROM:.0e} on it is flash4"
-    absent = flash4.obstacle(query)
-    return ("flex", absent) if absent else ("flash4", f"B Hq T T D = {work:.0e}, one document a row")
+    least = FLASH4_FROM
+    if work >= least:
+        if absent := flash4.obstacle(query):
+            return "flex", absent
+        ours = geometry is not None and heads is not None and flash4.runs_ours(query, heads, geometry)
+        least = FLASH4_FROM if ours else LIBRARYS_FROM
+    if work < least:
+        return "flex", f"B Hq T T D = {work:.0e}, from {least:.0e} on it is flash4"
+    return "flash4", f"B Hq T T D = {work:.0e}, one document a row"
 
 
 def _check_backend(backend: str) -> None:

@@ -18,8 +18,8 @@ from torch import Tensor
 from lrsa.attention.layout import Geometry
 
 KEY_BLOCK = 128
-# Of a processor's work that a single column may be: what others may wait for it at the end. Where the raw keys'
-# columns, which are short, are the last (`layout`, ``group``), it may be as much as they are together.
+# Of a processor's work that a single column may be: what others may wait for it at the end. Where half of the raw keys'
+# columns, which are short, are the last (`layout`, ``group``), it may be as much as all of them are together: measured.
 TAIL = 1 / 16
 SHORTEST_WINDOW = 16  # query blocks; a shorter piece would pay more for its start than it saves
 
@@ -124,7 +124,8 @@ def layout(
     Args:
         heads: query heads, of all rows of a batch, for each processor of the device.
         group: query heads whose rows of blocks stand one after the other in the backward pass' lists, which are then
-            walked through with all columns of raw keys at the end. None: a head at a time, each one's columns in line.
+            walked through with raw keys' columns at the end (`hopper.backward`). None: a head at a time, each one's
+            columns in line.
     """
     rows, sink = tokens - geometry.sink, geometry.sink
     edges = _edges(geometry, rows, query_block)

@@ -96,7 +96,9 @@ def attend(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if config == DENSE_LAYER:
         return attend_dense(query, key, value, scale)
-    plan = _Plan(*_plan(config, tuple(query.shape), getattr(module, "lrsa_backend", "auto"), device, query.dtype))
+    plan = _Plan(
+        *_plan(config, tuple(query.shape), key.shape[1], getattr(module, "lrsa_backend", "auto"), device, query.dtype)
+    )
     if plan.backend == "reference" or (plan.backend == "gather" and device != "cpu" and torch.is_grad_enabled()):
         return None  # whose gradient on a GPU is autograd's, which operators do not have
     if plan.partitions == 0:
@@ -116,10 +118,12 @@ def attend(
 
 
 @torch.compiler.assume_constant_result
-def _plan(config: str, shape: tuple[int, ...], backend: str, device: str, dtype: torch.dtype) -> tuple[Any, ...]:
+def _plan(
+    config: str, shape: tuple[int, ...], heads: int, backend: str, device: str, dtype: torch.dtype
+) -> tuple[Any, ...]:
     parsed = SparseAttentionConfig.from_json(config)
     like = torch.empty(1, device=device, dtype=dtype).expand(shape)  # of one element, whatever the batch
-    chosen = choose_backend(backend, like, None, parsed)
+    chosen = choose_backend(backend, like, None, parsed, heads)
     geometry = parsed.geometry
     reads_query = parsed.build_scorer().reads_query
     partitions = geometry.selected_partitions(shape[2])

@@ -88,8 +88,13 @@ def layout_of(query: Tensor, key: Tensor, geometry: Geometry, walk: Walk = WALK)
     """What the kernels are told for ``query [B, Hq, T, D]`` and ``key [B, H, T, D]``."""
     chip, group = _chip(query.device), query.shape[1] // key.shape[1]
     heads = query.shape[0] * query.shape[1] / chip.processors
-    ours = chip.hopper and suits_hopper(geometry, group, query.shape[3])
+    ours = runs_ours(query, key.shape[1], geometry)
     return blocks.layout(geometry, query.shape[2], query.device, walk, heads, chip.query_block, group if ours else None)
+
+
+def runs_ours(query: Tensor, heads: int, geometry: Geometry) -> bool:
+    """Whether it is `lrsa.attention.hopper`'s, for that many key/value heads, where there is no `obstacle`."""
+    return _chip(query.device).hopper and suits_hopper(geometry, query.shape[1] // heads, query.shape[3])
 
 
 def suits_hopper(geometry: Geometry, group: int, dim: int) -> bool:

@@ -97,7 +97,11 @@ def _operator(
         gradients = gradient(grad, *ctx.saved_tensors, ctx.rule, ctx.scale)
         return *gradients, *[None] * (len(inputs) - count + 2)
 
+    def once(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError(f"lrsa::{name} can be differentiated once: its gradient has no gradient")
+
     torch.library.register_autograd(f"lrsa::{name}", differentiate, setup_context=keep, lib=_LIBRARY)
+    torch.library.register_autograd(f"lrsa::{name}_backward", once, lib=_LIBRARY)
     return operator
 
 

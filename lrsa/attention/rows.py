@@ -78,8 +78,10 @@ def scatter(
     """The gradients of `gather`'s two results -> those of ``key``, ``value`` and ``gate``, in their dtypes.
 
     ``of_raw``: for a plan without raw rows the gradients ``[B, H, T, D]`` that the tokens from ``raw_start`` on have as
-    such. The others are added to them, in their place. What one token has in several rows is added up in float32.
+    such. The others are added to them, in their place. What one token has in several rows of the buffer is added up in
+    float32.
     """
+    assert plan.raw_start <= plan.sink, "tokens between sinks and raw rows would have no gradient"
     if of_raw is None:
         begin, count = sum(plan.again) + plan.raw_offset, plan.tokens - plan.raw_start
         of_raw = empty_gradient(key), empty_gradient(value)
@@ -95,8 +97,10 @@ def scatter(
 
 
 def empty_gradient(x: Tensor) -> Tensor:
-    """Laid out as ``x``, but with channels side by side."""
-    return torch.empty_like(x if x.stride(-1) == 1 else x.contiguous())
+    """Laid out as ``x``, but with channels side by side and all else at multiples of 16 bytes, as `hopper` writes."""
+    made = torch.empty_like(x if x.stride(-1) == 1 else x.contiguous())
+    odd = any(stride == 0 or stride * x.element_size() % 16 for stride in made.stride()[:-1])
+    return x.new_empty(x.shape) if odd else made  # of a dimension of size 1, whose stride says nothing
 
 
 def gather_one(x: Tensor, index: Tensor, plan: Plan, gate: Tensor | None = None) -> Tensor:

@@ -22,7 +22,7 @@ def _read(ptr, batch, head, of_batch, of_head, of_token, token, dim, real):  # t
 
 @triton.jit
 def _weights(query, key, token, sink, scale, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
-    """A causal softmax; rows that are not there see the first key."""
+    """A causal softmax; rows that are not there see all sinks, with a query and a gradient of zeros."""
     seen = (token[None, :] <= token[:, None]) & (token[None, :] < sink)
     logits = tl.where(seen, tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale, -float("inf"))
     weights = tl.exp(logits - tl.max(logits, 1)[:, None])

@@ -42,19 +42,22 @@ def speed_figure(records: Sequence[Record]) -> Figure:
     """A column a compression: milliseconds of forward and of forward + backward, log-log, and below them the speed-up
     over dense as a share of the ideal one, the ratio of attended pairs. Peers with blocks of their own are in each.
 
-    A case that several records have is the newest one's.
+    A case that several records have is the newest one's. Runs that did not end are left out.
 
     Raises:
         ValueError: no record has a row that passed its gate; or they are of several machines or shapes; or part of
             them, at one length, are of CUDA graphs.
     """
     records = [r for r in records if r.command == "lrsa-bench" and r.config["mode"] == "kernels"]
+    records = [r for r in records if r.status == "finished"]
     shapes = sorted({_shape(record) for record in records})
     if len(shapes) > 1:
         raise ValueError(f"a figure is of one machine and shape, these records are of {'; '.join(shapes)}: name fewer")
     found = _series(records)
     if not found:
-        raise ValueError("none of the records has a row of mode=kernels that passed its gate: there is nothing to draw")
+        raise ValueError(
+            "none of the records is of a finished run of mode=kernels with a row that passed its gate: nothing to draw"
+        )
     for length in sorted({length for rows in found.values() for length in rows}):
         if len({row["graphs"] for rows in found.values() for at, row in rows.items() if at == length}) > 1:
             raise ValueError(

@@ -97,7 +97,9 @@ def _timed(
     with torch.no_grad():
         index = choose()
     parts: dict[str, Callable[[], object]] = {"selection": choose}
-    if choose_backend(backend, query) == "flash4":  # elsewhere they are not apart from the attention
+    if (
+        choose_backend(backend, query, None, config, key.shape[1]) == "flash4"
+    ):  # elsewhere they are not apart from the attention
         layout = flash4.layout_of(query, key, config.geometry)
         parts |= row_passes(key, value, index, layout)
     times = compare(prepared(parts, query.device, conf.graphs), conf.rounds, query.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from rich import box
 from rich.table import Table
 
 from lrsa.results.record import Record, write_atomically
+from lrsa.results.store import UnfinishedRecord
 
 
 @dataclass(frozen=True)
@@ -40,14 +42,23 @@ def report(mode: str, config: Mapping[str, Any], rows: Sequence[Mapping[str, Any
 
 
 def of_records(records: Sequence[Record]) -> list[Report]:
-    """The tables of those records that are of `lrsa-bench`, one each. Of a run that was cut off, the rows until then:
-    each was gated and timed by itself."""
-    return [_of_record(r) for r in records if r.command == "lrsa-bench" and (r.metrics or {}).get("rows")]
+    """The tables of those records that are of `lrsa-bench`, one each. Of a run that did not end, the rows until then,
+    each of which was gated and timed by itself; one without rows is left out with a warning."""
+    made = []
+    for record in records:
+        if record.command != "lrsa-bench":
+            continue
+        if (record.metrics or {}).get("rows"):
+            made.append(_of_record(record))
+        else:
+            warnings.warn(f"{record.path} left out: {record.status}, without a row", UnfinishedRecord, stacklevel=2)
+    return made
 
 
 def _of_record(record: Record) -> Report:
     made = report(record.config["mode"], record.config, record.metrics["rows"], device_of(record))
-    return made if record.status == "finished" else replace(made, title=f"{made.title}, cut off")
+    ending = {"finished": "", "running": ", cut off or still running"}.get(record.status, f", {record.status}")
+    return replace(made, title=made.title + ending)
 
 
 def device_of(record: Record) -> str:

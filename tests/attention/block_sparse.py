@@ -146,6 +146,9 @@ def hopper_backward(
     """As `lrsa.attention.hopper.backward`: the lists hold a group's heads one after the other."""
     heads, count = raw[0].shape[2], -(-query.shape[1] // layout.query_block)
     assert layout.group == query.shape[2] // heads
+    for x in grad_raw:  # as the tensor copy engine writes
+        size = x.element_size()
+        assert x.stride(-1) == 1 and all(s and s * size % 16 == 0 for s in x.stride()[:-1]), x.stride()
     rows = _joined(buffer, raw, layout, layout.mask_backward.skipped)
     sums = [torch.zeros_like(x) for x in rows]
     for head in range(query.shape[2] // heads):

@@ -1,4 +1,4 @@
-"""The mask in CuTe, compiled for the CPU; imported where flash-attn-4 is installed."""
+"""The mask and the order of columns in CuTe, compiled for the CPU; imported where flash-attn-4 is installed."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lrsa.attention.blocks import KEY_BLOCK, Mask
 from lrsa.attention.flash4_kernels import mask_arguments
+from lrsa.attention.hopper.backward import place
 from lrsa.attention.hopper.mask import end_of_columns, first_row
 
 
@@ -49,3 +50,16 @@ def evaluate_on_hopper(numbers: Mask, rows: int, keys: int) -> tuple[Tensor, Ten
     fill(from_dlpack(ends), from_dlpack(firsts), rows, keys, mask_arguments(numbers)["aux_scalars"])
     column = torch.arange(keys)
     return column < ends.repeat_interleave(KEY_BLOCK, 1), torch.arange(rows)[:, None] >= firsts
+
+
+def places(columns: int, groups: int, batch: int, buffered: int, mixed: int) -> Tensor:
+    """int32 ``[programs, 3]``: column, group and row of the batch of each program of the backward pass."""
+
+    @cute.jit
+    def fill(out: cute.Tensor, programs: cutlass.Int32, numbers: tuple):
+        for program in range(programs):
+            out[program, 0], out[program, 1], out[program, 2] = place(program, *numbers)
+
+    out = torch.full((columns * groups * batch, 3), -1, dtype=torch.int32)
+    fill(from_dlpack(out), len(out), tuple(cutlass.Int32(n) for n in (columns, groups, batch, buffered, mixed)))
+    return out

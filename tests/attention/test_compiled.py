@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 import lrsa.models
 from lrsa.attention import SparseAttentionConfig, compiled, flash4, flex, operators, selection
 from lrsa.attention.dense import attend_dense, attend_dense_backward
+from lrsa.attention.layout import Geometry
 from lrsa.models import load_model, set_attention, target_logits
 from tests.attention import block_sparse
 from tests.attention.tensors import random_inputs
@@ -103,7 +104,8 @@ def test_fused_kernels_take_the_operators_results(backend: str) -> None:
 )
 def test_an_operator_returns_what_it_says(name: str, dtype: torch.dtype, sink: int) -> None:
     query, key, value = (x.requires_grad_() for x in random_inputs(2, 4, 2, 200, 16, dtype=dtype))
-    index = torch.arange(32).expand(2, 2, -1).contiguous() + sink
+    partitions = Geometry(sink, 32, 8, 32).selected_partitions(200)
+    index = torch.arange(8 * partitions).expand(2, 2, -1).contiguous() + sink
     extra = [index]
     if name == "attend_spans":
         seen = torch.cat([torch.arange(sink), index[0, 0]])
@@ -111,6 +113,19 @@ def test_an_operator_returns_what_it_says(name: str, dtype: torch.dtype, sink: i
     inputs = query, key, value, *extra, [sink, 32, 8, 32], 0.25
     tests = "test_schema", "test_faketensor", "test_autograd_registration"
     torch.library.opcheck(getattr(operators, name), inputs, test_utils=tests)
+    gradient = getattr(torch.ops.lrsa, f"{name}_backward").default
+    made = getattr(operators, name)(*inputs)
+    saved = [x.detach() for x in (torch.randn_like(made[0]), *inputs[:-2], *made)]
+    torch.library.opcheck(gradient, (*saved, *inputs[-2:]), test_utils=tests[:2])
+
+
+def test_a_gradients_gradient_is_refused() -> None:
+    query, key, value = (x.requires_grad_() for x in random_inputs(1, 2, 1, 40, 16))
+    buffers = [x.detach()[:, :, :4].requires_grad_() for x in (key, value)]
+    out, _ = operators.attend_spans(query, key, value, *buffers, [4, 8, 0, 8], 0.25)
+    (grad,) = torch.autograd.grad(out.square().sum(), query, create_graph=True)
+    with pytest.raises(RuntimeError, match="can be differentiated once"):
+        torch.autograd.grad(grad.sum(), query)
 
 
 def test_the_gradient_of_the_first_tokens_is_autograds() -> None:

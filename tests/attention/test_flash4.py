@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -138,6 +139,21 @@ def test_views(layout, stand_in):
             torch.testing.assert_close(a.grad, c)
 
 
+@pytest.mark.parametrize("odd", ["heads", "batch"])
+def test_a_dimension_of_size_1_of_any_stride(odd, stand_in):
+    """What such a stride is says nothing, and `empty_like` keeps it; the copy engine refuses 0 and odd ones."""
+    config, inputs = config_of((16, 64, 16, 64)), random_inputs(1, 2, 1, 333, 16, dtype=torch.float64)
+
+    def view(x: Tensor) -> Tensor:
+        batch, heads, tokens, _ = x.stride()
+        strides = (0, heads, tokens, 1) if odd == "batch" or x.shape[1] > 1 else (batch, 1, tokens, 1)
+        return x.as_strided(x.shape, strides)
+
+    run = runner(config, kept_tokens(*inputs[1:], config))
+    for a, b in zip(forward_and_gradients(run, *map(view, inputs)), forward_and_gradients(run, *inputs), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_the_gate_of_straight_through(stand_in):
     config, inputs = config_of((5, 64, 16, 64)), random_inputs(1, 2, 1, 400, 16, dtype=torch.float64)
     index = index_of(config, kept_tokens(*inputs[1:], config))
@@ -254,9 +270,9 @@ def test_obstacles_on_a_gpu(dtype, dim, capability, strict, words, monkeypatch):
 
 
 def test_auto_picks_it_where_its_work_outlasts_its_launches(monkeypatch, caplog):
-    """Shapes that are measured (experiments/benchmark): B, Hq, T, D."""
+    """B, Hq, T, D; experiments/benchmark has what is measured of them."""
 
-    def auto(*shape: int, **given: Tensor) -> str:
+    def auto(*shape: int, **given: Any) -> str:
         return choose_backend("auto", torch.zeros(1).expand(shape), **given)
 
     assert auto(1, 32, 8192, 128) == "gather", "on a CPU"
@@ -265,9 +281,15 @@ def test_auto_picks_it_where_its_work_outlasts_its_launches(monkeypatch, caplog)
     assert auto(1, 32, 8192, 128) == "flex"
     monkeypatch.setattr(flash4, "obstacle", lambda query: None)
     caplog.set_level("DEBUG", "lrsa.attention.api")
-    assert auto(1, 32, 8192, 128) == auto(1, 9, 32768, 64) == auto(1, 32, 4096, 128) == auto(8, 9, 4096, 64) == "flash4"
+    assert auto(1, 32, 8192, 128) == auto(1, 9, 32768, 64) == "flash4"
     assert "auto picked flash4: B Hq T T D = 6e+11" in caplog.text
-    assert auto(1, 9, 8192, 64) == auto(1, 32, 2048, 128) == "flex"
+    assert auto(8, 9, 4096, 64) == auto(1, 9, 8192, 64) == auto(1, 32, 4096, 128) == "flex", "the library's kernels"
+    monkeypatch.setattr(flash4, "_chip", lambda device: flash4.Chip(128, 132, True))
+    ours = {"config": config_of((16, 128, 32, 128)), "heads": 8}
+    assert auto(1, 32, 4096, 128, **ours) == "flash4"
+    assert auto(1, 32, 2048, 128, **ours) == auto(1, 9, 8192, 64, config=ours["config"], heads=3) == "flex"
+    assert auto(1, 32, 4096, 128, config=ours["config"], heads=2) == "flex", "a group of 16"
+    assert auto(1, 32, 4096, 128, config=config_of((16, 96, 24, 96)), heads=8) == "flex", "no whole blocks"
     assert auto(1, 32, 8192, 128, document_ids=torch.zeros(1, 8192, dtype=torch.int64)) == "gather"
     with torch.no_grad():
         assert auto(64, 32, 1000, 128) == "gather", "a short prompt"
@@ -315,6 +337,24 @@ def test_hoppers_mask_as_cute_compiles_it(rule):
                 assert torch.equal(found[pairs], expected[pairs]), (tile, column)
                 listed += 1
         assert listed
+
+
+@pytest.mark.skipif(importlib.util.find_spec("cutlass") is None, reason="needs flash-attn-4's compiler")
+@pytest.mark.parametrize(("buffered", "mixed"), [(4, 0), (4, 11), (7, 18), (1, 6), (1, None), (8, None)])
+def test_each_column_of_hoppers_backward_pass_has_a_program(buffered, mixed):
+    """Raw columns, ``buffered`` and later ones, take turns with the first, then come these, then the other raw ones."""
+    from lrsa.attention.hopper.backward import mixed_columns
+    from tests.attention.cute_mask import places
+
+    columns, groups, batch = 10, 3, 2
+    if mixed is None:
+        mixed = mixed_columns(columns, buffered) * groups * batch
+        assert 0 < mixed <= groups * batch * min(buffered, columns - buffered)
+    found = places(columns, groups, batch, buffered, mixed).tolist()
+    assert sorted(found) == sorted([c, g, b] for c in range(columns) for g in range(groups) for b in range(batch))
+    raw = [column >= buffered for column, _, _ in found]
+    first = buffered * groups * batch
+    assert raw == [False, True] * mixed + [False] * (first - mixed) + [True] * (len(found) - first - mixed)
 
 
 @pytest.mark.slow
@@ -369,6 +409,38 @@ def test_kernels_are_as_good_as_naive_low_precision(shape, rule, dtype, walk):
     naive = gradients(lambda q, k, v: naive_attention(q, k, v, mask), *inputs)
     run = runner(config, kept, walk, shape[-1] ** -0.5)
     assert_no_worse(gradients(run, *inputs), naive, exact)
+
+
+@on_gpu
+@pytest.mark.parametrize("layout", ["packed", "odd offset", "gradient of stride 0", "one head of stride 1", "gate"])
+def test_views_on_the_gpu(layout):
+    """As contiguous ones, but for the order in which gradients of queries are added up."""
+    heads = (4, 1) if layout.startswith("one head") else (8, 2)
+    config, shape = config_of((16, 128, 37, 128)), (1, *heads, 1111, 64)
+    inputs = [x.cuda() for x in random_inputs(*shape, dtype=torch.bfloat16)]
+    index = index_of(config, kept_tokens(*inputs[1:], config))
+    gate = torch.rand(index.shape, device="cuda") if layout == "gate" else None
+    direction = torch.ones_like(inputs[0]) if layout == "gradient of stride 0" else torch.randn_like(inputs[0])
+
+    def results(query: Tensor, key: Tensor, value: Tensor, grad: Tensor, attend=flash4.attend) -> list[Tensor]:
+        leaves = [x.detach().requires_grad_() for x in (query, key, value, *([] if gate is None else [gate]))]
+        out = attend(*leaves[:3], index, config.geometry, 0.2, *leaves[3:])
+        return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+    views, grad = list(inputs), direction
+    if layout == "packed":
+        packed = torch.cat([x.transpose(1, 2) for x in inputs], 2)
+        views = [x.transpose(1, 2) for x in packed.split([x.shape[1] for x in inputs], 2)]
+    elif layout == "odd offset":
+        views = [x.new_empty(x.numel() + 1)[1:].view_as(x).copy_(x) for x in inputs]
+    elif layout == "gradient of stride 0":
+        grad = direction.new_ones(()).expand_as(direction)
+    elif layout.startswith("one head"):
+        views[1:] = [x[:, 0][..., None].permute(0, 3, 1, 2) for x in inputs[1:]]
+    expected = results(*inputs, direction, attend=gather.attend) if layout == "gate" else results(*inputs, direction)
+    for name, a, b in zip(("out", "query", "key", "value", "gate"), results(*views, grad), expected, strict=False):
+        error = (a.float() - b.float()).norm() / b.float().norm()
+        assert error < 2e-2, f"{name}: {error:.1e}"
 
 
 @on_gpu

@@ -89,6 +89,11 @@ class Columns:
         )
 
 
+def mixed_columns(columns: int, buffered: int) -> int:
+    """Of a group's raw columns, those after ``buffered``, how many take turns with the buffer's."""
+    return min(int(MIXED * (columns - buffered)), buffered)
+
+
 @cute.jit
 def place(index, columns, groups, batch, buffered, mixed):
     """Column, group and row of the batch of a program."""
@@ -226,6 +231,7 @@ class Backward(FlashAttentionBackwardSm90):
     @cute.jit
     def mma(self, *args, is_dQ_wg=True):
         """The library's, which hands on to `epilogue_dKV` what stands in the place of the keys' gradients."""
+        assert len(args) == 34, len(args)  # of the version that is known
         *mmas, mdK, mdV, sem_k, sem_v = args[:8]
         *middle, store_K, store_V = args[8:23]
         *last, _, tiles, aux_data, fastdiv, lists, group = args[23:]
@@ -326,8 +332,8 @@ def backward(
     of_group = [x.view(batch, heads, -1) for x in (log2_sum, delta, grad_sum)]
     unread = of_group[2].view(query.dtype).view(batch, heads, -1, 2 * wide).narrow(3, 0, dim).transpose(1, 2)
     mask = layout.mask_backward
-    buffered = key.shape[1] // config.n_block_size
-    mixed = int(min(MIXED * (layout.backward.partial_count.shape[2] - buffered), buffered)) * heads * batch
+    columns, buffered = layout.backward.partial_count.shape[2], key.shape[1] // config.n_block_size
+    mixed = mixed_columns(columns, buffered) * heads * batch
     numbers = mask.sink, mask.kept, mask.raw_offset, mask.skipped, padded // config.m_block_size, mixed
     lists = expanded(layout.backward, batch, heads)
     tensors = unread, key, value, unread, *of_group, key, value

@@ -469,8 +469,7 @@ def _compile(
     dim, mask = query.shape[-1], layout.mask
     kernel = Forward(
         DTYPES[query.dtype], dim, dim, query.shape[2] // key.shape[2], pack_gqa=False, tile_m=KEY_BLOCK,
-        tile_n=KEY_BLOCK, num_stages=2, num_threads=384, mask_mod=BlockMask,
-        processors=processors,
+        tile_n=KEY_BLOCK, num_stages=2, num_threads=384, processors=processors,
         mask=functools.partial(
             BlockMask, tile_m=KEY_BLOCK, tile_n=KEY_BLOCK, transposed=False, lag=mask.lag, chunk=mask.chunk
         ),

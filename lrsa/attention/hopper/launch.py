@@ -57,6 +57,7 @@ def on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @functools.lru_cache(maxsize=1024)
 def scalars(*numbers: int) -> tuple[Int32, ...]:
+    """Boxed once for all calls, which takes a while: outside of what is compiled they hold plain numbers."""
     return tuple(Int32(n) for n in numbers)
 
 
