@@ -261,10 +261,10 @@ def _fastest(
         return "gather", obstacle
     if document_ids is not None:
         return "gather", "rows are padded or packed, and a kernel compiled for each document's length costs more"
-    batch, heads, tokens, dim = query.shape
+    batch, query_heads, tokens, dim = query.shape
     if not torch.is_grad_enabled() and tokens < SHORT_PROMPT:
         return "gather", f"a prompt of {tokens} tokens, below {SHORT_PROMPT}, is read before a kernel is compiled"
-    work = batch * heads * tokens * tokens * dim
+    work = batch * query_heads * tokens * tokens * dim
     least = FLASH4_FROM
     if work >= least:
         if absent := flash4.obstacle(query):
