@@ -132,9 +132,9 @@ def add_one(
     if gate is not None and x is not None:
         grad_gate = (kept * x.gather(2, positions)).sum(-1, dtype=gate.dtype)
         kept = kept * gate[..., None].to(x.dtype)
-    sole = min(plan.sink, plan.raw_start)  # sinks that are in no raw row too
-    out[:, :, :sole] = buffer[:, :, :sole]
-    out[:, :, sole : plan.sink] += buffer[:, :, sole : plan.sink]
+    begin = plan.raw_start  # sinks before it are in no raw row too
+    out[:, :, :begin] = buffer[:, :, :begin]
+    out[:, :, begin : plan.sink] += buffer[:, :, begin : plan.sink]
     # Kept positions are each there but once, so that nothing is lost or added twice.
     out.scatter_(2, positions, (out.gather(2, positions) + kept).to(out.dtype))
     return grad_gate

@@ -111,10 +111,7 @@ class Sparse:
 
     def kernels(self, model: PreTrainedModel, length: int) -> dict[str, str]:
         query, key = _probe(model)
-        return {
-            "prefill": choose_backend("auto", query, None, self.config, key.shape[1]),
-            "decode": decode.choose_backend("auto", query, key),
-        }
+        return {"prefill": choose_backend("auto", query), "decode": decode.choose_backend("auto", query, key)}
 
     def attach(self, model: PreTrainedModel, backend: str = "auto") -> None:
         set_attention(model, self.config, backend=backend)

@@ -97,9 +97,8 @@ def _timed(
     with torch.no_grad():
         index = choose()
     parts: dict[str, Callable[[], object]] = {"selection": choose}
-    if (
-        choose_backend(backend, query, None, config, key.shape[1]) == "flash4"
-    ):  # elsewhere they are not apart from the attention
+    chosen = choose_backend(backend, query, None, config, key.shape[1])
+    if chosen == "flash4":  # elsewhere they are not apart from the attention
         layout = flash4.layout_of(query, key, config.geometry)
         parts |= row_passes(key, value, index, layout)
     times = compare(prepared(parts, query.device, conf.graphs), conf.rounds, query.device)
